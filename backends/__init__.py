@@ -1,0 +1,1 @@
+"""Targets that qdeploy ships with; each is a plug-in."""

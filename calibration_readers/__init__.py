@@ -1,0 +1,1 @@
+"""Calibration readers that qdeploy ships with; each is a plug-in."""

@@ -1,0 +1,1 @@
+"""Quantization and deployment: from a trained PyTorch model to a verified INT8 model."""

@@ -1,0 +1,1 @@
+"""Comparison with FP32: accuracy with intervals, latency, size, verdict."""

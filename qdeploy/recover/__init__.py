@@ -1,0 +1,1 @@
+"""Recovery steps: each takes a QuantPlan and gives back a better one."""

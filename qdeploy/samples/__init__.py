@@ -1,0 +1,1 @@
+"""Sample sources: anything that yields model inputs, re-iterable and streamed."""

@@ -1,0 +1,128 @@
+"""How tensors may be quantized, as data: schemes, operator rules, and a target's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Literal
+
+from qdeploy.affine import IntegerType
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def __str__(self) -> str:
+        return "per-tensor"
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index along `axis` (negative counts from the end): shape [shape[axis]]."""
+
+    axis: int
+
+    def __str__(self) -> str:
+        return f"per-channel (axis {self.axis})"
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each `size` consecutive values along `axis`."""
+
+    size: int
+    axis: int
+
+    def __str__(self) -> str:
+        return f"blocks of {self.size} (axis {self.axis})"
+
+
+Granularity = PerTensor | PerChannel | PerBlock
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one tensor is quantized.
+
+    Attributes:
+        integer: The stored integers (bits, sign, narrow).
+        symmetric: Zero point fixed at the middle of the grid (0 for signed types).
+        granularity: How many values share a scale.
+    """
+
+    integer: IntegerType
+    symmetric: bool
+    granularity: Granularity = field(default_factory=PerTensor)
+
+    def __str__(self) -> str:
+        return f"{self.integer} {'symmetric' if self.symmetric else 'asymmetric'} {self.granularity}"
+
+
+class Condition(StrEnum):
+    """A named question about a node, answered by `qdeploy.graph.holds`."""
+
+    ALWAYS = "always"
+    CONSTANT_WEIGHT = "constant weight"
+    DEPTHWISE = "depthwise"
+    CONSTANT_RIGHT_OPERAND = "constant right operand"
+    CONSTANT_OPERAND = "constant operand"
+    TRANSPOSED_B = "transposed B"
+    FLOAT_NEIGHBOURS = "no quantized neighbour"
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """What a target takes for one operator, under one condition.
+
+    Attributes:
+        op_type: ONNX operator of the default domain.
+        when: The condition under which the rule applies.
+        inputs: Scheme by input index; None or a missing index leaves that input float.
+        output: Scheme of the output (after a fused activation); None leaves it float.
+        reason: Why the rule is so, with the measurement or document behind it.
+        cure: What a user can do who needs something else.
+    """
+
+    op_type: str
+    when: Condition = Condition.ALWAYS
+    inputs: Mapping[int, Scheme | None] = field(default_factory=dict)
+    output: Scheme | None = None
+    reason: str = ""
+    cure: str = ""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the rule makes anything of the node an integer."""
+        return self.output is not None or any(self.inputs.values())
+
+
+@dataclass(frozen=True)
+class QuantContract:
+    """A target's rules for one precision.
+
+    Attributes:
+        target: Backend name.
+        precision: For example "int8".
+        opsets: Lowest and highest ONNX opset the target takes.
+        bias: How the bias of a quantized operator is stored.
+        placement: Where QDQ pairs stand: before quantized operators only, or after them too.
+        rules: In order; the first that matches a node wins. A node that none matches stays float.
+    """
+
+    target: str
+    precision: str
+    opsets: tuple[int, int]
+    bias: Literal["int32", "float"]
+    placement: Literal["inputs", "inputs-and-outputs"]
+    rules: tuple[OpRule, ...] = ()
+
+    def with_per_tensor_weights(self) -> QuantContract:
+        """The same contract with one scale for each weight tensor."""
+
+        def flat(scheme: Scheme | None) -> Scheme | None:
+            return replace(scheme, granularity=PerTensor()) if scheme else None
+
+        rules = tuple(replace(r, inputs={i: flat(s) for i, s in r.inputs.items()}) for r in self.rules)
+        return replace(self, rules=rules)
