@@ -113,7 +113,7 @@ def affine_from_limits(
     else:
         scale = _usable_scale((high - low) / (integer.qmax - integer.qmin))
         zero_point = np.clip(np.rint(integer.qmin - low / scale), integer.qmin, integer.qmax)
-    return Affine(scale, zero_point.astype(integer.dtype), integer, axis)
+    return Affine(np.asarray(scale), np.asarray(zero_point, integer.dtype), integer, axis)
 
 
 def _usable_scale(exact: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -152,7 +152,8 @@ def dequantize(q: IntArray, affine: Affine) -> NDArray[np.float32]:
     scale = _along(affine.scale, affine.axis, q.ndim)
     zero_point = _along(affine.zero_point, affine.axis, q.ndim)
     steps = (q.astype(np.int32) - zero_point.astype(np.int32)).astype(np.float32)
-    return (steps * scale).astype(np.float32, copy=False)
+    real: NDArray[np.float32] = steps * scale
+    return real
 
 
 def fake_quantize(x: FloatArray, affine: Affine) -> NDArray[np.float32]:
