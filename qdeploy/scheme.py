@@ -63,13 +63,11 @@ class Scheme:
 class Condition(StrEnum):
     """A named question about a node, answered by `qdeploy.graph.holds`."""
 
-    ALWAYS = "always"
-    CONSTANT_WEIGHT = "constant weight"
-    DEPTHWISE = "depthwise"
-    CONSTANT_RIGHT_OPERAND = "constant right operand"
-    CONSTANT_OPERAND = "constant operand"
-    TRANSPOSED_B = "transposed B"
-    FLOAT_NEIGHBOURS = "no quantized neighbour"
+    CONSTANT_WEIGHT = "with a constant weight"
+    DEPTHWISE = "depthwise (one input channel a group)"
+    TRANSPOSED_B = "with a constant weight and transB=1"
+    BETWEEN_QUANTIZED = "every input comes from a quantized operator"
+    GRAPH_OUTPUT = "it writes a graph output that nothing else reads"
 
 
 @dataclass(frozen=True)
@@ -78,24 +76,27 @@ class OpRule:
 
     Attributes:
         op_type: ONNX operator of the default domain.
-        when: The condition under which the rule applies.
+        when: The conditions under which the rule applies, all of them.
         inputs: Scheme by input index; None or a missing index leaves that input float.
         output: Scheme of the output (after a fused activation); None leaves it float.
+        moves_values: The operator moves values without computing: its output shares the scale of input 0, and it is
+            quantized just when input 0 already is.
         reason: Why the rule is so, with the measurement or document behind it.
         cure: What a user can do who needs something else.
     """
 
     op_type: str
-    when: Condition = Condition.ALWAYS
+    when: tuple[Condition, ...] = ()
     inputs: Mapping[int, Scheme | None] = field(default_factory=dict)
     output: Scheme | None = None
+    moves_values: bool = False
     reason: str = ""
     cure: str = ""
 
     @property
     def quantizes(self) -> bool:
         """Whether the rule makes anything of the node an integer."""
-        return self.output is not None or any(self.inputs.values())
+        return self.moves_values or self.output is not None or any(self.inputs.values())
 
 
 @dataclass(frozen=True)

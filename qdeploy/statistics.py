@@ -59,9 +59,12 @@ def carry(limbs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def real(limbs: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Limbs as the nearest real numbers."""
-    weights = 2.0 ** (LIMB_BITS * np.arange(LIMBS) + LOWEST_LIMB_EXPONENT)
-    return np.asarray((limbs.astype(np.float64) * weights).sum(axis=-1))
+    """Limbs as real numbers, to within a rounding error of float64."""
+    total = np.zeros(limbs.shape[:-1])
+    # From the highest limb down: a negative sum has −1 there and large limbs below, which must cancel exactly.
+    for k in reversed(range(LIMBS)):
+        total = total + limbs[..., k] * 2.0 ** (LIMB_BITS * k + LOWEST_LIMB_EXPONENT)
+    return np.asarray(total)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ class TensorStatistics:
     @cached_property
     def bins(self) -> Bins:
         """The occupied bins in ascending order, the outermost cut at the exact minimum and maximum."""
-        magnitude_edges = (np.arange(_HALF + 1, dtype=np.uint32) << BIN_SHIFT).view(np.float32).astype(np.float64)
+        patterns = np.arange(_FIRST_NON_FINITE + 1, dtype=np.uint32) << BIN_SHIFT
+        magnitude_edges = patterns.view(np.float32).astype(np.float64)
         negative = np.flatnonzero(self.histogram[_HALF:])[::-1]
         positive = np.flatnonzero(self.histogram[:_HALF])
         low = np.concatenate([-magnitude_edges[negative + 1], magnitude_edges[positive]])

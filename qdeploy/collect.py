@@ -1,0 +1,198 @@
+"""FloatModel × samples → Statistics: one pass, in bounded memory, whatever the number of samples.
+
+Samples run side by side, each on one thread of one shared session, and are counted by the worker that ran them:
+no thread waits for another within a sample, and since tallies merge exactly, their order does not matter.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import reduce
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.backend import Arrays, input_arrays
+from qdeploy.counting import Tally, values_of
+from qdeploy.errors import InputError
+from qdeploy.graph import load_graph, observed_tensors, save_graph
+from qdeploy.model import FloatModel
+from qdeploy.samples.source import Sample
+from qdeploy.samples.warnings import practice_warnings, sample_digest
+from qdeploy.session import open_session
+from qdeploy.statistics import Statistics, TensorStatistics
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LAST_PART = 0.1
+GROWTH = 0.05
+"""A range that widens by more than 5 % over the last tenth of the samples has not settled."""
+
+
+def collect(
+    model: FloatModel,
+    samples: Iterable[Sample],
+    *,
+    workers: int = 0,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Statistics:
+    """Run every sample through the model and count the values of every observed tensor.
+
+    Args:
+        model: A prepared model.
+        samples: Checked against the model's inputs; iterated once.
+        workers: Samples that run side by side; 0 for one a core. The result does not depend on it.
+        on_sample: Called after each sample.
+
+    Raises:
+        InputError: There are no samples, or the model fails on one of them.
+    """
+    workers = workers or os.cpu_count() or 1
+    axes = observed_tensors(load_graph(model.path))
+    with tempfile.TemporaryDirectory(prefix="qdeploy-") as directory:
+        session = open_session(_observation_graph(model, Path(directory)), threads=1)
+        idle: SimpleQueue[_Worker] = SimpleQueue()
+        pool_of_workers = [_Worker(session, axes) for _ in range(workers)]
+        for worker in pool_of_workers:
+            idle.put(worker)
+        passes = list(_run(samples, idle, workers, on_sample))
+    if not passes:
+        raise InputError("There are no calibration samples.", "Give a source that yields at least one.")
+    tensors = _merged([worker.statistics() for worker in pool_of_workers])
+    digests = [digest for digest, _, _ in passes]
+    labels = [label for _, labels, _ in passes for label in labels]
+    growth = _growth_warning(values_of(np.stack([keys for _, _, keys in passes])))
+    notes = (*practice_warnings(digests, labels), *growth, *_non_finite_warnings(tensors))
+    return Statistics(model.digest, tuple(sorted(digests)), tensors, notes)
+
+
+_Pass = tuple[str, list[int], NDArray[np.int32]]
+"""One sample's digest, its labels, and the keys of each tensor's extremes so far, int32 [tensors, 2]."""
+
+
+def _run(
+    samples: Iterable[Sample], idle: SimpleQueue[_Worker], workers: int, on_sample: Callable[[], None]
+) -> Iterator[_Pass]:
+    """What each sample left, in the samples' order; only a few samples are in flight at a time."""
+
+    def task(sample: Sample) -> _Pass:
+        worker = idle.get()
+        try:
+            return worker.run(sample)
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures: list[Future[_Pass]] = []
+        running: set[Future[_Pass]] = set()
+        for sample in samples:
+            futures.append(pool.submit(task, sample))
+            running.add(futures[-1])
+            while len(running) > workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    on_sample()
+        for future in running:
+            future.result()
+            on_sample()
+        yield from (future.result() for future in futures)
+
+
+class _Worker:
+    """Runs samples through the shared session and counts what it sees in tallies of its own."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, axes: Mapping[str, int | None]) -> None:
+        self._session = session
+        self._axes = axes
+        self._outputs = [output.name for output in session.get_outputs()]
+        self._tallies: dict[str, Tally] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._buffers: list[NDArray[Any]] = []
+
+    def run(self, sample: Sample) -> _Pass:
+        inputs = input_arrays(sample.inputs)
+        tensors = inputs | dict(zip(self._outputs, self._observe(inputs), strict=True))
+        keys = np.zeros((len(self._axes), 2), np.int32)
+        for place, (name, axis) in enumerate(self._axes.items()):
+            array = tensors[name]
+            if name not in self._tallies:
+                channels = 1 if axis is None or array.ndim == 0 else array.shape[axis]
+                self._tallies[name] = Tally(name, axis if array.ndim else None, channels)
+            self._tallies[name].add(array)
+            keys[place] = self._tallies[name].extreme_keys
+        labels = [] if sample.labels is None else [int(label) for label in sample.labels.flat]
+        return sample_digest(sample.inputs), labels, keys
+
+    def _observe(self, inputs: Arrays) -> list[NDArray[Any]]:
+        """The observed outputs. The arrays of one run are written again by the next of the same input shapes.
+
+        Fresh arrays would cost a third of the pass: their pages must be mapped and zeroed each time.
+        """
+        import onnxruntime as ort
+
+        shapes = {name: array.shape for name, array in inputs.items()}
+        if shapes == self._shapes:
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_cpu_input(name, array)
+            for name, buffer in zip(self._outputs, self._buffers, strict=True):
+                binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+            try:
+                self._session.run_with_iobinding(binding)
+            except ort.capi.onnxruntime_pybind11_state.RuntimeException:
+                self._shapes = {}  # an output's shape depends on the values, not only on the input shapes
+            else:
+                return self._buffers
+        self._buffers = self._session.run(None, dict(inputs))
+        self._shapes = shapes
+        return self._buffers
+
+    def statistics(self) -> dict[str, TensorStatistics]:
+        return {name: tally.statistics() for name, tally in self._tallies.items()}
+
+
+def _observation_graph(model: FloatModel, directory: Path) -> Path:
+    """The model with every observed tensor as one more output."""
+    graph = load_graph(model.path)
+    present = {value.name for value in (*graph.graph.inputs, *graph.graph.outputs)}
+    computed = {value.name: value for node in graph.graph for value in node.outputs}
+    graph.graph.outputs.extend(computed[name] for name in observed_tensors(graph) if name not in present)
+    path = directory / "observed.onnx"
+    save_graph(graph, path)
+    return path
+
+
+def _merged(parts: list[dict[str, TensorStatistics]]) -> dict[str, TensorStatistics]:
+    """One worker's tensors merged with the others'; a worker that saw no sample has none."""
+    names = max(parts, key=len)
+    return {name: reduce(TensorStatistics.merge, [part[name] for part in parts if name in part]) for name in names}
+
+
+def _growth_warning(extremes: NDArray[np.float32]) -> tuple[str, ...]:
+    """Whether ranges still widened at the end of the pass; extremes are float32 [samples, tensors, 2].
+
+    A worker meets its samples in order, so the extremes up to a sample do not depend on who ran what.
+    """
+    samples, tensors, _ = extremes.shape
+    early = samples - max(1, round(LAST_PART * samples))
+    if early < 1:
+        return ()
+    before, after = (e[..., 1].max(axis=0) - e[..., 0].min(axis=0) for e in (extremes[:early], extremes))
+    growing = int(np.sum(after > before * (1 + GROWTH)))
+    if growing == 0:
+        return ()
+    part = f"the last {samples - early} of {samples} samples"
+    return (f"The ranges of {growing} of {tensors} tensors still grew by more than 5 % over {part}: use more.",)
+
+
+def _non_finite_warnings(tensors: Mapping[str, TensorStatistics]) -> tuple[str, ...]:
+    counts = {name: tensor.non_finite for name, tensor in tensors.items() if tensor.non_finite}
+    return tuple(f"{n} values of {name!r} were NaN or infinite; they count for no range." for name, n in counts.items())

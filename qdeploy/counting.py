@@ -1,0 +1,153 @@
+"""The counting loop of calibration: one tensor's values into its tally, compiled by numba where that is installed.
+
+Extremes are found on bit patterns mapped to integers of the same order, which vectorize where float comparisons,
+because of NaN, do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.statistics import BIN_SHIFT, BINS, LIMBS, TensorStatistics, carry, fixed_point
+
+LANES = 4
+"""Interleaved tables: values that follow one another often share a bin, and waiting for the last store costs most."""
+
+FLUSH_AFTER = 1 << 30
+"""Values after which the 32-bit tables, and the limbs' headroom, are emptied into wide ones."""
+
+_LOWEST_KEY = -(1 << 31)
+_HIGHEST_KEY = (1 << 31) - 1
+_INFINITY_KEY = 0x7F800000
+
+Kernel = Callable[..., bool]
+
+
+def keys_of(values: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Integers in the same order as the floats: −NaN < −Inf < … < −0 < 0 < … < Inf < NaN. Its own inverse on bits."""
+    bits = values.view(np.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def values_of(keys: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The floats that keys stand for."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+@cache
+def kernel() -> Kernel:
+    """The compiled loop, or the numpy one without numba. Returns whether all values were finite.
+
+    Arguments: values [outer, channels, inner]; the same memory as int32; table [bins, lanes]; low and high keys
+    [channels] and sums in limbs [channels, 4], all three updated in place unless a value was not finite.
+    """
+    try:
+        from qdeploy.counting_numba import tally
+    except ImportError:
+        return tally_with_numpy
+    return tally
+
+
+def tally_with_numpy(
+    values: NDArray[np.float32],
+    bits: NDArray[np.int32],
+    table: NDArray[np.int32],
+    low: NDArray[np.int32],
+    high: NDArray[np.int32],
+    limbs: NDArray[np.int64],
+) -> bool:
+    """The loop without numba: the same counts and extremes, and sums equal up to their last float64 digits."""
+    table[:, 0] += np.bincount(bits.reshape(-1).view(np.uint32) >> BIN_SHIFT, minlength=BINS).astype(np.int32)
+    if not np.isfinite(values).all():
+        return False
+    keys = keys_of(values)
+    np.minimum(low, keys.min(axis=(0, 2)), out=low)
+    np.maximum(high, keys.max(axis=(0, 2)), out=high)
+    limbs += fixed_point(values.sum(axis=(0, 2), dtype=np.float64))
+    return True
+
+
+@dataclass
+class Tally:
+    """One tensor's running statistics within one worker; the only thing of calibration that changes in place."""
+
+    name: str
+    channel_axis: int | None
+    channels: int
+    _pending: int = 0
+    _table: NDArray[np.int32] = field(default_factory=lambda: np.zeros((BINS, LANES), np.int32))
+    _histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def __post_init__(self) -> None:
+        self._low = np.full(self.channels, _HIGHEST_KEY, np.int32)
+        self._high = np.full(self.channels, _LOWEST_KEY, np.int32)
+        self._limbs = np.zeros((self.channels, LIMBS), np.int64)
+        self._count = np.zeros(self.channels, np.int64)
+        self._adds = 0
+
+    def add(self, array: NDArray[Any]) -> None:
+        """Count one sample's tensor."""
+        if array.size == 0:
+            return
+        values = as_channels(array, self.channel_axis)
+        bits = values.view(np.int32)
+        if self._pending + values.size > FLUSH_AFTER or self._adds >= 1 << 14:
+            self._flush()
+        self._pending += values.size
+        self._adds += 1
+        if kernel()(values, bits, self._table, self._low, self._high, self._limbs):
+            self._count += values.size // self.channels
+        else:
+            self._add_finite_part(values)
+
+    def _add_finite_part(self, values: NDArray[np.float32]) -> None:
+        finite = np.isfinite(values)
+        keys = keys_of(values)
+        np.minimum(self._low, np.where(finite, keys, _HIGHEST_KEY).min(axis=(0, 2)), out=self._low)
+        np.maximum(self._high, np.where(finite, keys, _LOWEST_KEY).max(axis=(0, 2)), out=self._high)
+        self._limbs += fixed_point(np.where(finite, values, 0.0).sum(axis=(0, 2), dtype=np.float64))
+        self._count += finite.sum(axis=(0, 2))
+
+    def _flush(self) -> None:
+        for lane in range(LANES):
+            self._histogram += self._table[:, lane]
+        self._table[:] = 0
+        self._limbs = carry(self._limbs)
+        self._pending = self._adds = 0
+
+    @property
+    def extreme_keys(self) -> tuple[int, int]:
+        """Keys of the smallest and the largest finite value so far."""
+        return int(self._low.min()), int(self._high.max())
+
+    def statistics(self) -> TensorStatistics:
+        """What was counted so far."""
+        self._flush()
+        half = BINS // 2
+        non_finite = np.arange(BINS) % half >= _INFINITY_KEY >> BIN_SHIFT
+        seen = self._count > 0
+        return TensorStatistics(
+            self.name,
+            self.channel_axis,
+            np.where(non_finite, 0, self._histogram),
+            int(self._histogram[non_finite].sum()),
+            np.where(seen, values_of(self._low), np.float32(np.inf)),
+            np.where(seen, values_of(self._high), np.float32(-np.inf)),
+            self._count.copy(),
+            self._limbs,
+        )
+
+
+def as_channels(array: NDArray[Any], axis: int | None) -> NDArray[np.float32]:
+    """A tensor as contiguous float32 [outer, channels, inner]; [1, 1, size] without a channel axis."""
+    values = np.ascontiguousarray(array, np.float32)
+    if axis is None:
+        return values.reshape(1, 1, -1)
+    axis %= values.ndim
+    return values.reshape(int(np.prod(values.shape[:axis])), values.shape[axis], -1)

@@ -1,0 +1,285 @@
+"""The questions that are asked of an ONNX graph more than once; reading and writing it, too.
+
+Graphs are onnx-ir models: `ir.Model`, `ir.Node`, `ir.Value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.affine import IntegerType
+from qdeploy.errors import InputError, InternalError
+from qdeploy.model import DimRange, FloatModel, TensorSpec, digest_of_files, model_files
+from qdeploy.scheme import Condition, PerBlock, PerChannel, PerTensor, Scheme
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators with a weight at input 1."""
+
+QUANTIZABLE = WEIGHTED | {
+    *("Add", "Mul", "Sub", "Div", "Concat", "Resize", "Pad"),
+    *("AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMean"),
+    *("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu", "Softmax"),
+    *("LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+}
+"""Operators that compute on real values and that some target may run in integers: calibration observes them."""
+
+ACTIVATIONS = frozenset({"Relu", "Clip"})
+"""Activations that a quantized operator performs by saturation, at no cost."""
+
+EXTERNAL_DATA_BYTES = 1 << 30
+"""Models with more weights than this are saved with external data; protobuf itself ends at 2 GiB."""
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a model; weights in external data stay on disk until they are used.
+
+    Raises:
+        InputError: The file is missing or is no ONNX model.
+    """
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"There is no model file {error.filename or path}.", "Check the path.") from error
+    except (DecodeError, ValueError, TypeError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not an ONNX model, or is damaged ({error}).", "Export it anew.") from error
+    if not model.opset_imports or not model.graph.outputs:
+        raise InputError(f"{path} is not an ONNX model: it has no operator set or no outputs.", "Export it anew.")
+    return model
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a model; large ones with their weights beside it in `<name>.data`."""
+    import onnx_ir as ir
+
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if weights > EXTERNAL_DATA_BYTES else None)
+
+
+def describe(path: Path, name: str, dims: Mapping[str, DimRange]) -> FloatModel:
+    """The FloatModel that a file on disk is."""
+    model = load_graph(path)
+    constants = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    parameters = sum(tensor.size for tensor in constants if tensor.dtype.is_floating_point())
+    inputs = tuple(spec(v) for v in model.graph.inputs if not v.is_initializer())
+    outputs = tuple(spec(v) for v in model.graph.outputs)
+    return FloatModel(path, digest_of_files(model_files(path)), name, inputs, outputs, parameters, dims)
+
+
+def spec(value: ir.Value) -> TensorSpec:
+    """Name, dtype and shape of a graph input or output; a dimension without name is called after its place."""
+    if value.dtype is None or value.shape is None:
+        raise InputError(f"The model's {value.name!r} has no type or shape.", "Run shape inference and export it anew.")
+    dims = (d if isinstance(d, int) else d.value or f"{value.name}_{i}" for i, d in enumerate(value.shape))
+    return TensorSpec(str(value.name), value.dtype.numpy().name, tuple(dims))
+
+
+def name_of(value: ir.Value) -> str:
+    """A value's name; a prepared graph has no nameless ones."""
+    if value.name is None:
+        message = "a value of the graph has no name"
+        raise InternalError(message)
+    return str(value.name)
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array that a value always holds, or None if it is computed."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
+
+
+def is_real(value: ir.Value | None) -> bool:
+    """Whether a value holds floating-point numbers (and not shapes, indices or flags)."""
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+
+
+def weight_of(node: ir.Node) -> NDArray[Any] | None:
+    """The constant weight of a Conv, ConvTranspose, Gemm or MatMul, in its stored layout; None without one."""
+    if node.op_type not in WEIGHTED or len(node.inputs) < 2 or node.domain:
+        return None
+    weight = constant(node.inputs[1])
+    return weight if weight is not None and weight.ndim >= 2 else None
+
+
+def bias_input(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """Where a weighted node's constant bias is read: (node, input index). A MatMul's bias is the Add behind it."""
+    if node.op_type != "MatMul":
+        present = len(node.inputs) > 2 and constant(node.inputs[2]) is not None
+        return (node, 2) if present else None
+    follower = sole_consumer(node.outputs[0])
+    if follower is None or follower.op_type != "Add":
+        return None
+    for index, operand in enumerate(follower.inputs):
+        array = constant(operand)
+        if array is not None and array.ndim == 1:
+            return follower, index
+    return None
+
+
+def sole_consumer(value: ir.Value) -> ir.Node | None:
+    """The only node that reads a value, or None if several do or the value is a graph output."""
+    if value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    return next(iter(value.consumers()))
+
+
+def activation_bounds(node: ir.Node) -> tuple[float, float]:
+    """The interval that a Relu or a Clip with constant limits confines its input to."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    limits = [float("-inf"), float("inf")]
+    for place, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            array = constant(value)
+            limits[place] = float(array) if array is not None else float("nan")
+    return limits[0], limits[1]
+
+
+def fused_activation(node: ir.Node) -> ir.Node | None:
+    """The Relu or Clip that can be performed by saturating this node's quantized output, or None.
+
+    Its interval must contain zero, as every quantized range does: a Clip to [0.5, 3] would lose its lower bound.
+    """
+    follower = sole_consumer(node.outputs[0])
+    if node.op_type in ACTIVATIONS or follower is None or follower.op_type not in ACTIVATIONS or follower.domain:
+        return None
+    low, high = activation_bounds(follower)
+    return follower if low <= 0.0 <= high else None
+
+
+def result_of(node: ir.Node) -> ir.Value:
+    """A node's output, behind the activation fused into it."""
+    return (fused_activation(node) or node).outputs[0]
+
+
+def real_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Index and value of each computed floating-point input."""
+    return [(i, v) for i, v in enumerate(node.inputs) if v is not None and is_real(v) and constant(v) is None]
+
+
+def input_channel_axis(node: ir.Node) -> int | None:
+    """The axis of input 0 along which a weighted node's weight reads channels."""
+    if weight_of(node) is None:
+        return None
+    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+        return 0
+    return 1 if node.op_type in ("Conv", "ConvTranspose") else -1
+
+
+def output_channel_axis(node: ir.Node) -> int | None:
+    """The axis of the output along which a weighted node writes channels."""
+    if weight_of(node) is None:
+        return None
+    return 1 if node.op_type in ("Conv", "ConvTranspose") else -1
+
+
+def weight_channel_axis(node: ir.Node) -> int:
+    """The axis of a weight that holds output channels (for a grouped ConvTranspose, those of one group)."""
+    if node.op_type == "MatMul":
+        return -1
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return 0 if node.op_type == "Conv" else 1
+
+
+def observed_tensors(model: ir.Model) -> dict[str, int | None]:
+    """Tensor name → channel axis of everything that calibration observes, in graph order.
+
+    Those are the inputs and the outputs (behind a fused activation) of every quantizable operator. The channel axis
+    is that of the weighted node which reads the tensor, or else of the one which writes it.
+    """
+    axes: dict[str, int | None] = {}
+    for node in model.graph:
+        if node.op_type not in QUANTIZABLE or node.domain:
+            continue
+        for index, value in real_inputs(node):
+            axis = input_channel_axis(node) if index == 0 else None
+            if not _is_inside_fusion(value):
+                axes[name_of(value)] = axes.get(name_of(value)) if axis is None else axis
+        written = result_of(node)
+        if is_real(written) and not _is_inside_fusion(written):
+            axes.setdefault(name_of(written), output_channel_axis(node))
+    return axes
+
+
+def _is_inside_fusion(value: ir.Value) -> bool:
+    """Whether a value lies between an operator and the activation fused into it, so that it never exists."""
+    producer = value.producer()
+    return producer is not None and producer.op_type in QUANTIZABLE and fused_activation(producer) is not None
+
+
+def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> bool:
+    """Answer a contract's question about a node.
+
+    Args:
+        condition: The question.
+        node: A node of a prepared graph.
+        quantized: Names of the tensors that the nodes before this one already deliver as integers.
+    """
+    match condition:
+        case Condition.CONSTANT_WEIGHT:
+            return weight_of(node) is not None
+        case Condition.DEPTHWISE:
+            weight = weight_of(node)
+            group = node.attributes.get_int("group", 1)
+            return weight is not None and group > 1 and weight.shape[1] == 1 and group == weight.shape[0]
+        case Condition.TRANSPOSED_B:
+            return weight_of(node) is not None and bool(node.attributes.get_int("transB", 0))
+        case Condition.BETWEEN_QUANTIZED:
+            operands = [name_of(value) for _, value in real_inputs(node)]
+            return len(operands) > 0 and all(name in quantized for name in operands)
+        case Condition.GRAPH_OUTPUT:
+            return result_of(node).is_graph_output() and not result_of(node).consumers()
+
+
+def integer_type(dtype: ir.DataType) -> IntegerType | None:
+    """The integer type that an ONNX element type is, or None for a floating-point or boolean type."""
+    import onnx_ir as ir
+
+    if not dtype.is_integer():
+        return None
+    unsigned = {ir.DataType.UINT2, ir.DataType.UINT4, ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32}
+    return IntegerType(int(dtype.bitwidth), signed=dtype not in unsigned)
+
+
+def stored_scheme(value: ir.Value | None) -> Scheme | None:
+    """How a value is stored as integers, read off the DequantizeLinear that delivers it; None if it is float.
+
+    A zero point of zero, or in the middle of an unsigned grid, everywhere, counts as symmetric.
+    """
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return None
+    stored = node.inputs[0].dtype or (node.inputs[2].dtype if len(node.inputs) > 2 and node.inputs[2] else None)
+    integer = integer_type(stored) if stored is not None else None
+    if integer is None:
+        return None
+    zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1, np.int8)
+    middle = 0 if integer.signed else (integer.qmax + 1) // 2
+    symmetric = zero_point is not None and bool(np.all(zero_point.astype(np.int64) == middle))
+    scale = constant(node.inputs[1])
+    axis = node.attributes.get_int("axis", 1)
+    block = node.attributes.get_int("block_size", 0)
+    if block:
+        return Scheme(integer, symmetric, PerBlock(block, axis))
+    per_channel = scale is not None and scale.ndim == 1 and scale.size > 1
+    return Scheme(integer, symmetric, PerChannel(axis) if per_channel else PerTensor())
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Whether a graph already holds quantized operators."""
+    marks = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
+    marks |= {"MatMulInteger", "ConvInteger", "MatMulNBits", "DynamicQuantizeMatMul", "QGemm", "QLinearAdd"}
+    return any(node.op_type in marks for node in model.graph.all_nodes())

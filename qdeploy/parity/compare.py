@@ -1,0 +1,187 @@
+"""One pass over the samples for any number of runners. Outputs are never kept: only scores and sums are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.backend import Arrays, Runner
+from qdeploy.errors import InputError, InternalError
+from qdeploy.parity.bootstrap import Interval, paired_interval
+from qdeploy.parity.metrics import Difference, Metric, Scores, difference
+
+Pair = tuple[str, str]
+"""Names of a reference runner and of the runner that is compared with it."""
+
+
+class SampleLike(Protocol):
+    """What is needed of a sample: whole model inputs, and one label for each item of the batch, or none at all."""
+
+    @property
+    def inputs(self) -> Arrays:
+        """Model inputs by name, batch included."""
+
+    @property
+    def labels(self) -> NDArray[Any] | None:
+        """One entry for each item of the batch."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A runner against its reference.
+
+    Attributes:
+        samples: Items compared: a sample counts as many as its batch holds.
+        outputs: The differences by output name, in the graph's order.
+        reference_metric: Mean score of the reference; None without labels or a metric.
+        metric: Mean score of the runner; None also if some of its outputs could not be compared.
+        drop: Mean of reference score − score, absolute.
+        drop_interval: Paired bootstrap interval of `drop`, 95 %.
+    """
+
+    samples: int
+    outputs: Mapping[str, Difference]
+    reference_metric: float | None = None
+    metric: float | None = None
+    drop: float | None = None
+    drop_interval: Interval | None = None
+
+    @property
+    def first(self) -> Difference:
+        """The difference of the first output, which stands for the model in the figures below."""
+        return next(iter(self.outputs.values()))
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of predictions equal to the reference's; None where the first output has no classes."""
+        return self.first.agreement
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine similarity of the first output, over all samples."""
+        return self.first.cosine
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """SQNR of the first output in dB, over all samples; None for integers."""
+        return self.first.sqnr_db
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """Largest absolute error of the first output; None for integers."""
+        return self.first.max_abs_error
+
+    @property
+    def sqnr_by_output(self) -> dict[str, float]:
+        """SQNR in dB of each output that holds real numbers."""
+        return {name: each.sqnr_db for name, each in self.outputs.items() if each.sqnr_db is not None}
+
+    @property
+    def equal_by_output(self) -> dict[str, float]:
+        """Share of equal values of each output that holds integers."""
+        return {name: each.equal_share for name, each in self.outputs.items() if not each.floating}
+
+    @property
+    def incomparable(self) -> int:
+        """Output values that are NaN, or infinite on one side only, over all outputs."""
+        return sum(each.incomparable for each in self.outputs.values())
+
+    @property
+    def reshaped(self) -> int:
+        """Samples of which an output has another shape than the reference's; of the output where they are most."""
+        return max(each.reshaped for each in self.outputs.values())
+
+    def max_steps(self, steps: Mapping[str, float]) -> float:
+        """The largest error of any output in its own steps; 0 if all hold integers.
+
+        Args:
+            steps: Scales of the quantized outputs, by name. Others count 255 steps over the reference's range.
+        """
+        errors = (each.steps(steps.get(name)) for name, each in self.outputs.items())
+        return max((error for error in errors if error is not None), default=0.0)
+
+
+def compare(
+    runners: Mapping[str, Runner],
+    pairs: Sequence[Pair],
+    samples: Iterable[SampleLike],
+    metric: Metric | None,
+    on_sample: Callable[[], None] = lambda: None,
+) -> dict[Pair, Comparison]:
+    """Run every runner once on every sample and compare each pair.
+
+    Args:
+        runners: By name, entered.
+        pairs: Reference and compared runner, by name.
+        samples: Read once.
+        metric: Scores labelled samples; None, or unlabelled samples, leave the metric's figures None.
+        on_sample: Called after each sample, to show progress.
+
+    Raises:
+        InputError: There are no samples, only some of them have labels, or the metric cannot score them.
+    """
+    sums: dict[Pair, dict[str, Difference]] = {pair: {} for pair in pairs}
+    scores: dict[str, list[Scores]] = {name: [] for name in runners}
+    items = 0
+    labelled = None
+    for position, sample in enumerate(samples):
+        labels = sample.labels
+        if labelled not in (None, labels is not None):
+            what = f"Sample {position} has {'no labels' if labels is None else 'labels'}, unlike those before it."
+            raise InputError(what, "Give labels for every sample, or for none.")
+        labelled = labels is not None
+        outputs = {name: runner.run(sample.inputs) for name, runner in runners.items()}
+        seen = {pair: _differences(pair, outputs) for pair in pairs}
+        sums = {pair: _merged(sums[pair], seen[pair]) for pair in pairs}
+        if metric is not None and labels is not None:
+            broken = {pair[1] for pair in pairs if any(each.incomparable for each in seen[pair].values())}
+            for name, values in outputs.items():
+                # A metric is not to be blamed for what it makes of NaN.
+                scores[name].append(np.full(1, np.nan) if name in broken else metric.score(values, labels))
+        items += _items(sample)
+        on_sample()
+    if labelled is None:
+        raise InputError("There are no samples to compare on.", "Check the evaluation data.")
+    return {pair: _comparison(items, sums[pair], scores[pair[0]], scores[pair[1]]) for pair in pairs}
+
+
+def _items(sample: SampleLike) -> int:
+    batched = next(iter(sample.inputs.values())) if sample.labels is None else sample.labels
+    return batched.shape[0] if batched.ndim else 1
+
+
+def _differences(pair: Pair, outputs: Mapping[str, Arrays]) -> dict[str, Difference]:
+    reference, compared = outputs[pair[0]], outputs[pair[1]]
+    if reference.keys() != compared.keys():
+        message = f"{pair[1]} has the outputs {sorted(compared)}, its reference {pair[0]} has {sorted(reference)}"
+        raise InternalError(message)
+    return {name: difference(array, compared[name]) for name, array in reference.items()}
+
+
+def _merged(sums: Mapping[str, Difference], seen: Mapping[str, Difference]) -> dict[str, Difference]:
+    return {name: sums[name].merge(each) if name in sums else each for name, each in seen.items()}
+
+
+def _comparison(
+    items: int, outputs: Mapping[str, Difference], reference_parts: list[Scores], parts: list[Scores]
+) -> Comparison:
+    if not parts:
+        return Comparison(items, outputs)
+    reference_scores, scores = np.concatenate(reference_parts), np.concatenate(parts)
+    reference_metric, metric = _mean(reference_scores), _mean(scores)
+    if reference_metric is None or metric is None:
+        return Comparison(items, outputs, reference_metric, metric)
+    if reference_scores.size != scores.size:
+        what = f"The metric gave {reference_scores.size} scores for one model and {scores.size} for another, "
+        what += "on the same samples."
+        raise InputError(what, "It must return a float always, or always one score for each item of the batch.")
+    drop = float((reference_scores - scores).mean())
+    return Comparison(items, outputs, reference_metric, metric, drop, paired_interval(reference_scores, scores))
+
+
+def _mean(scores: Scores) -> float | None:
+    return None if np.isnan(scores).any() else float(scores.mean())

@@ -1,0 +1,258 @@
+"""Statistics × contract × reader → QuantPlan: what will be quantized, how, and why the rest stays float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy import graph as questions
+from qdeploy.affine import Affine, Range, affine_from_limits, affine_from_tensor
+from qdeploy.errors import InputError, InternalError
+from qdeploy.model import FloatModel
+from qdeploy.reader import CalibrationReader
+from qdeploy.registry import suggestion
+from qdeploy.scheme import OpRule, PerChannel, QuantContract, Scheme
+from qdeploy.statistics import Statistics
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+HUGE = 1e30
+"""Values beyond this are masks (−3e38 stands for −∞), not signals: a scale for them would erase everything else."""
+
+INT32_MAX = 2**31 - 1
+BIAS_HEADROOM = 1.0001
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What becomes of one node.
+
+    Attributes:
+        op_type: Its ONNX operator.
+        quantized: Whether it will compute in integers.
+        reason: Why, in one sentence.
+    """
+
+    op_type: str
+    quantized: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Everything that quantization needs to know; recovery steps turn one plan into a better one.
+
+    Attributes:
+        model: The prepared float model.
+        contract: The rules it follows.
+        nodes: By node name, in graph order.
+        ranges: Real interval of each quantized activation, by tensor name.
+        activations: Its integers, by tensor name.
+        weights: The integers of each quantized constant, by initializer name.
+        replaced: Initializers that a recovery step changed, by name.
+        biases: Biases that a recovery step changed or added, by the name of the weighted node.
+        steps: Names of the recovery steps taken, in order.
+    """
+
+    model: FloatModel
+    contract: QuantContract
+    nodes: Mapping[str, NodePlan]
+    ranges: Mapping[str, Range]
+    activations: Mapping[str, Affine]
+    weights: Mapping[str, Affine]
+    replaced: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    steps: tuple[str, ...] = ()
+
+
+def plan(
+    model: FloatModel,
+    statistics: Statistics,
+    contract: QuantContract,
+    reader: CalibrationReader,
+    keep: Sequence[str] = (),
+) -> QuantPlan:
+    """Decide for every node by the contract's first matching rule, and read the ranges.
+
+    Args:
+        model: A prepared model.
+        statistics: Collected on this very model.
+        contract: The target's rules.
+        reader: Chooses each activation's range.
+        keep: Nodes that stay float: "first", "last", or patterns of node or weight names (`*` and `?`).
+
+    Raises:
+        InputError: The statistics are another model's, or a keep pattern matches nothing.
+    """
+    statistics.require_model(model.digest)
+    graph = questions.load_graph(model.path)
+    draft = _Draft(statistics, contract, reader, _kept(graph, keep))
+    for node in graph.graph:
+        draft.nodes[str(node.name)] = draft.decide(node)
+    return QuantPlan(model, contract, draft.nodes, draft.ranges, draft.activations, draft.weights)
+
+
+@dataclass
+class _Draft:
+    """A plan in the making: nodes are decided in graph order, each seeing what those before it deliver."""
+
+    statistics: Statistics
+    contract: QuantContract
+    reader: CalibrationReader
+    kept: Mapping[str, str]
+    nodes: dict[str, NodePlan] = field(default_factory=dict)
+    ranges: dict[str, Range] = field(default_factory=dict)
+    activations: dict[str, Affine] = field(default_factory=dict)
+    weights: dict[str, Affine] = field(default_factory=dict)
+
+    def decide(self, node: ir.Node) -> NodePlan:
+        absorber = node.inputs[0].producer() if node.op_type in questions.ACTIVATIONS and node.inputs[0] else None
+        if absorber is not None and questions.fused_activation(absorber) is node:
+            integers = questions.name_of(node.outputs[0]) in self.activations
+            reason = f"Part of {absorber.name!r}: its quantized output saturates where this {node.op_type} does."
+            return NodePlan(node.op_type, integers, reason if integers else f"Part of {absorber.name!r}.")
+        rule = matching_rule(self.contract, node, frozenset(self.activations))
+        reason = self._why_float(node, rule)
+        if rule is None or reason:
+            return NodePlan(node.op_type, quantized=False, reason=reason)
+        if rule.moves_values:
+            source, moved = (questions.name_of(v) for v in (node.inputs[0], node.outputs[0]))
+            self.ranges[moved], self.activations[moved] = self.ranges[source], self.activations[source]
+        else:
+            self._quantize(node, rule)
+        return NodePlan(node.op_type, quantized=True, reason=rule.reason)
+
+    def _why_float(self, node: ir.Node, rule: OpRule | None) -> str:
+        """Why a node stays float; empty if it does not."""
+        if rule is None:
+            return f"{self.contract.target} has no rule that quantizes this {node.op_type}."
+        if not rule.quantizes:
+            return rule.reason
+        if str(node.name) in self.kept:
+            return f"Kept by {self.kept[str(node.name)]!r}."
+        if rule.moves_values:
+            name = questions.name_of(node.inputs[0])
+            return "" if name in self.activations else "It moves float values."
+        return self._why_values_forbid(node) or self._why_weight_stays(node, rule)
+
+    def _why_values_forbid(self, node: ir.Node) -> str:
+        for value in (*(v for _, v in questions.real_inputs(node)), questions.result_of(node)):
+            tensor = self.statistics.tensors.get(questions.name_of(value))
+            if tensor is not None and (tensor.non_finite or max(-tensor.minimum, tensor.maximum) > HUGE):
+                return f"{tensor.name!r} holds infinite values or masks, which no scale can represent."
+            if tensor is not None and tensor.count == 0:
+                return f"No calibration sample gave {tensor.name!r} a value."
+        return ""
+
+    def _why_weight_stays(self, node: ir.Node, rule: OpRule) -> str:
+        for index, scheme in rule.inputs.items():
+            name = _initializer_name(node, index)
+            if scheme is None or name not in self.weights:
+                continue
+            array = questions.constant(node.inputs[index])
+            if array is not None and self.weights[name].axis != _axis(scheme, array):
+                return f"It shares {name!r} with an operator that quantizes it along another axis."
+        return ""
+
+    def _quantize(self, node: ir.Node, rule: OpRule) -> None:
+        for index, scheme in rule.inputs.items():
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if scheme is None or value is None or not questions.is_real(value):
+                continue
+            if questions.constant(value) is None:
+                self._activate(value, scheme)
+        if rule.output is not None:
+            self._activate(questions.result_of(node), rule.output)
+        for index, scheme in rule.inputs.items():
+            value = node.inputs[index] if index < len(node.inputs) else None
+            array = questions.constant(value)
+            if scheme is not None and value is not None and array is not None and questions.is_real(value):
+                affine = affine_from_tensor(
+                    array, scheme.integer, symmetric=scheme.symmetric, axis=_axis(scheme, array)
+                )
+                self.weights[questions.name_of(value)] = self._with_room_for_bias(node, affine)
+
+    def _activate(self, value: ir.Value, scheme: Scheme) -> None:
+        name = questions.name_of(value)
+        if name in self.activations:
+            return
+        tensor = self.statistics.tensors.get(name)
+        if tensor is None:
+            message = f"{name!r} was not observed, but {self.contract.target} quantizes it"
+            raise InternalError(message)
+        chosen = self.reader.range(tensor, scheme)
+        self.ranges[name] = chosen
+        self.activations[name] = affine_from_limits(
+            chosen.minimum, chosen.maximum, scheme.integer, symmetric=scheme.symmetric
+        )
+
+    def _with_room_for_bias(self, node: ir.Node, weight: Affine) -> Affine:
+        """Scales large enough for an int32 bias of scale input·weight: a channel of tiny weights would saturate it."""
+        place = questions.bias_input(node)
+        if self.contract.bias != "int32" or place is None or place[0] is not node:
+            return weight
+        bias = questions.constant(node.inputs[place[1]])
+        source = self.activations.get(questions.name_of(node.inputs[0]))
+        if bias is None or source is None:
+            return weight
+        magnitude = np.abs(bias.reshape(-1).astype(np.float64))
+        if weight.axis is None or magnitude.size != weight.scale.size:
+            magnitude = magnitude.max(initial=0.0)
+        least = magnitude * BIAS_HEADROOM / (float(source.scale) * INT32_MAX)
+        scale = np.maximum(weight.scale, least).astype(np.float32)
+        return Affine(scale, weight.zero_point, weight.integer, weight.axis)
+
+
+def matching_rule(contract: QuantContract, node: ir.Node, quantized: frozenset[str]) -> OpRule | None:
+    """The contract's first rule for a node, or None.
+
+    Args:
+        contract: The rules.
+        node: A node of a prepared graph.
+        quantized: Names of the tensors that are integers already.
+    """
+    if node.domain:
+        return None
+    for rule in contract.rules:
+        if rule.op_type == node.op_type and all(questions.holds(c, node, quantized) for c in rule.when):
+            return rule
+    return None
+
+
+def _axis(scheme: Scheme, array: NDArray[np.float32]) -> int | None:
+    return scheme.granularity.axis % array.ndim if isinstance(scheme.granularity, PerChannel) else None
+
+
+def _initializer_name(node: ir.Node, index: int) -> str:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return questions.name_of(value) if value is not None and questions.constant(value) is not None else ""
+
+
+def _kept(graph: ir.Model, patterns: Sequence[str]) -> dict[str, str]:
+    """Node name → the pattern that keeps it float."""
+    weighted = [node for node in graph.graph if questions.weight_of(node) is not None]
+    kept: dict[str, str] = {}
+    for pattern in patterns:
+        if pattern in ("first", "last"):
+            matches = weighted[:1] if pattern == "first" else weighted[-1:]
+        else:
+            matches = [node for node in graph.graph if any(fnmatchcase(name, pattern) for name in _names(node))]
+        if not matches:
+            known = [name for node in weighted for name in _names(node)]
+            raise InputError(f"Nothing in the model matches --keep {pattern!r}.", suggestion(pattern, known))
+        kept |= {str(node.name): pattern for node in matches}
+    return kept
+
+
+def _names(node: ir.Node) -> list[str]:
+    """What a user may call a node: its own name, and its weight's, which torch takes from the module."""
+    names = [str(node.name)]
+    if questions.weight_of(node) is not None:
+        names.append(questions.name_of(node.inputs[1]))
+    return names

@@ -1,0 +1,145 @@
+"""FloatModel → FloatModel: the same normal form for every target.
+
+One opset, no functions, no Constant nodes, every node named, constants and BatchNorm folded, shapes inferred.
+Tensor names are kept, since ranges, reports and the user's patterns speak of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdeploy.errors import InputError
+from qdeploy.graph import constant, describe, is_quantized, load_graph, save_graph
+from qdeploy.model import FloatModel
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 20
+"""The opset of every prepared model: what torch.onnx.export writes, with room for all targets."""
+
+LOWEST_OPSET = 7
+"""Older models cannot be converted."""
+
+
+def prepare(model: FloatModel, directory: Path) -> FloatModel:
+    """Write the normal form of a model to `directory/model.onnx`.
+
+    Raises:
+        InputError: The model is quantized already, or its opset cannot be converted.
+    """
+    graph = load_graph(model.path)
+    refuse_quantized(graph, model.path.name)
+    graph = _at_one_opset(graph, model.path)
+    _fold(graph)
+    _pool_spatial_means(graph)
+    _name_nodes(graph)
+    _tidy(graph)
+    path = directory / "model.onnx"
+    save_graph(graph, path)
+    return describe(path, model.name, model.dims)
+
+
+def refuse_quantized(graph: ir.Model, name: str) -> None:
+    """Quantizing twice would measure the first quantization as if it were the model.
+
+    Raises:
+        InputError: The graph holds quantized operators.
+    """
+    if is_quantized(graph):
+        what = f"{name} is quantized already."
+        raise InputError(what, "Look at it with qdeploy inspect, or start from the float model.")
+
+
+def _at_one_opset(graph: ir.Model, path: Path) -> ir.Model:
+    """The graph at OPSET; a newer one is left as it is, as its operators may have no older form."""
+    opset = graph.opset_imports.get("", 0)
+    if opset >= OPSET:
+        return graph
+    if opset < LOWEST_OPSET:
+        raise InputError(f"{path.name} has opset {opset}.", f"Export it with an opset of {LOWEST_OPSET} to {OPSET}.")
+    import onnx
+    import onnx_ir as ir
+    from onnx import version_converter
+
+    try:
+        return ir.from_proto(version_converter.convert_version(onnx.load(path), OPSET))
+    except (RuntimeError, ValueError) as error:
+        what = f"{path.name} has opset {opset}, and ONNX cannot convert it to {OPSET}: {error}"
+        raise InputError(what, f"Export it anew with opset {OPSET}.") from error
+
+
+def _fold(graph: ir.Model) -> None:
+    """Fold what is constant, and BatchNorm into the operator before it.
+
+    Conv ─► BatchNormalization ─► y        becomes        Conv(W·γ/σ, (b − μ)·γ/σ + β) ─► y
+    """
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    optimizer.optimize_ir(graph)
+    rewriter.rewrite(
+        graph,
+        pattern_rewrite_rules=[
+            rules.fuse_batchnorm_into_conv_rule,
+            rules.fuse_batchnorm_into_conv_transpose_rule,
+            rules.fuse_batchnorm_into_gemm_rule,
+        ],
+    )
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    passes.RemoveInitializersFromInputsPass()(graph)
+    passes.ShapeInferencePass()(graph)
+
+
+def _pool_spatial_means(graph: ir.Model) -> None:
+    """Say global average pooling by its name: integer kernels exist for that operator, not for ReduceMean.
+
+    x [N, C, H, W] ─► ReduceMean(axes 2, 3) ─► y     becomes     x ─► GlobalAveragePool (─► Squeeze(2, 3)) ─► y
+    """
+    import onnx_ir as ir
+
+    for node in list(graph.graph):
+        axes = constant(node.inputs[1]) if node.op_type == "ReduceMean" and len(node.inputs) == 2 else None
+        source = node.inputs[0] if axes is not None else None
+        if axes is None or source is None or source.shape is None or len(source.shape) != 4:
+            continue
+        if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        keepdims = node.attributes.get_int("keepdims", 1)
+        result = node.outputs[0]
+        pooled = ir.node("GlobalAveragePool", [source], name=node.name)
+        pooled.outputs[0].type, pooled.outputs[0].shape = result.type, ir.Shape([*source.shape[:2], 1, 1])
+        added = [pooled]
+        if keepdims:
+            last = pooled.outputs[0]
+        else:
+            pooled.outputs[0].name = f"{result.name}/pooled"
+            added.append(ir.node("Squeeze", [pooled.outputs[0], node.inputs[1]], name=f"{node.name}/squeeze"))
+            last = added[1].outputs[0]
+        last.name, last.type, last.shape = result.name, result.type, result.shape
+        result.name = f"{result.name}/replaced"
+        graph.graph.insert_before(node, added)
+        result.replace_all_uses_with(last, replace_graph_outputs=True)
+        graph.graph.remove(node, safe=True)
+
+
+def _name_nodes(graph: ir.Model) -> None:
+    """Give every node a name of its own; names that are there stay."""
+    taken: set[str] = set()
+    for index, node in enumerate(graph.graph.all_nodes()):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{index}"
+        taken.add(node.name)
+
+
+def _tidy(graph: ir.Model) -> None:
+    """Drop what nothing reads, and the stack traces and file paths that exporters leave, so that equal models give equal bytes."""
+    import onnx_ir.passes.common as passes
+
+    passes.RemoveUnusedNodesPass()(graph)
+    passes.ClearMetadataAndDocStringPass()(graph)
+    graph.producer_name = "qdeploy"
+    graph.producer_version = None
+    graph.graph.name = "model"

@@ -1,0 +1,201 @@
+"""QuantPlan → QuantizedModel: QDQ pairs inserted by ONNX Runtime's QDQQuantizer, with our ranges and scales."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qdeploy import graph as questions
+from qdeploy.affine import Affine, IntegerType, Range
+from qdeploy.errors import UnavailableError
+from qdeploy.model import QuantizedModel, digest_of_files, model_files
+from qdeploy.plan import QuantPlan
+from qdeploy.quantize.check import check_quantized, quantized_tensor
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+
+def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
+    """Write the quantized model to `directory/model.onnx` and check it.
+
+    Raises:
+        UnavailableError: onnxruntime is not installed.
+        InternalError: The result is not what the plan asked for.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    graph = questions.load_graph(plan.model.path)
+    _replace_constants(graph, plan)
+    _absorb_activations(graph, plan)
+    quantized_nodes = [n.name for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
+    graph = ir.from_proto(_insert_qdq(ir.to_proto(graph), plan, [str(name) for name in quantized_nodes]))
+    _leave_float(graph, plan)
+    passes.RemoveUnusedNodesPass()(graph)
+    graph.graph.sort()
+    check_quantized(graph, plan)
+    path = directory / "model.onnx"
+    questions.save_graph(graph, path)
+    digest = digest_of_files(model_files(path))
+    return QuantizedModel(path, digest, plan.model, plan.contract, frozenset(map(str, quantized_nodes)))
+
+
+def _replace_constants(graph: ir.Model, plan: QuantPlan) -> None:
+    """Put the weights and biases that recovery steps changed in place."""
+    import onnx_ir as ir
+
+    for name, array in plan.replaced.items():
+        graph.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    nodes = {node.name: node for node in graph.graph}
+    for node_name, array in plan.biases.items():
+        node = nodes[node_name]
+        reader, index = questions.bias_input(node) or (node, 2)
+        old = reader.inputs[index] if index < len(reader.inputs) else None
+        shape = old.shape if old is not None and old.shape is not None else array.shape
+        # A new initializer each time: the old one may serve another node, too.
+        name = f"{node_name}.bias_corrected"
+        value = ir.val(name, const_value=ir.tensor(array.reshape([int(d) for d in shape]), name=name))
+        graph.graph.register_initializer(value)
+        if index >= len(reader.inputs):
+            reader.resize_inputs(index + 1)
+        reader.replace_input_with(index, value)
+
+
+def _absorb_activations(graph: ir.Model, plan: QuantPlan) -> None:
+    """Remove each Relu or Clip that the quantized output of the node before it performs by saturation.
+
+    Conv ─► y ─► Clip ─► z ─► …        becomes        Conv ─► z ─► …        where Q(z) covers no more than the Clip
+    """
+    for node in list(graph.graph):
+        activation = questions.fused_activation(node)
+        if activation is None or not plan.nodes[str(node.name)].quantized:
+            continue
+        affine = plan.activations.get(questions.name_of(activation.outputs[0]))
+        if affine is None or not _saturates_within(affine, questions.activation_bounds(activation)):
+            continue
+        before, after = node.outputs[0], activation.outputs[0]
+        name, after.name = after.name, f"{after.name}/absorbed"
+        after.replace_all_uses_with(before, replace_graph_outputs=True)
+        graph.graph.remove(activation, safe=True)
+        before.name = name
+
+
+def _saturates_within(affine: Affine, bounds: tuple[float, float]) -> bool:
+    """Whether a grid ends where an activation does, up to one step."""
+    scale, zero_point = float(affine.scale), int(affine.zero_point)
+    low = scale * (affine.integer.qmin - zero_point)
+    high = scale * (affine.integer.qmax - zero_point)
+    return low >= bounds[0] - scale and high <= bounds[1] + scale
+
+
+def _insert_qdq(proto: onnx.ModelProto, plan: QuantPlan, nodes: list[str]) -> onnx.ModelProto:
+    """Let ORT's QDQQuantizer insert the pairs; its options stand here only, since it ignores misspelt ones."""
+    try:
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.calibrate import TensorData, TensorsData
+        from onnxruntime.quantization.calibrate import CalibrationMethod
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    except ModuleNotFoundError as error:
+        raise UnavailableError("onnxruntime is not installed.", "Install it: pip install 'qdeploy[cpu]'") from error
+    if not nodes:
+        return proto
+    chosen = [node for node in proto.graph.node if node.name in set(nodes)]
+    types = sorted({node.op_type for node in chosen})
+    # ORT wants a range for every output of a quantized node; `_leave_float` removes what the plan does not quantize.
+    ranges = {name: Range(0.0, 1.0) for node in chosen for name in node.output} | dict(plan.ranges)
+    data = {n: TensorData(lowest=np.float32(r.minimum), highest=np.float32(r.maximum)) for n, r in ranges.items()}
+    with _marked_as_inferred(proto), _quiet_logging():
+        quantizer = QDQQuantizer(
+            proto,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=_quant_type(_activation_type(plan)),
+            tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+            nodes_to_quantize=nodes,
+            nodes_to_exclude=[],
+            op_types_to_quantize=types,
+            extra_options={
+                "ActivationSymmetric": False,
+                "WeightSymmetric": True,
+                "QuantizeBias": plan.contract.bias == "int32",
+                "OpTypesToExcludeOutputQuantization": types if plan.contract.placement == "inputs" else [],
+                "QDQKeepRemovableActivations": True,
+                "QDQDisableWeightAdjustForInt32Bias": True,
+                "TensorQuantOverrides": _overrides(plan),
+            },
+        )
+        return quantizer.quantize_model()
+
+
+def _overrides(plan: QuantPlan) -> dict[str, list[dict[str, Any]]]:
+    """Every scale and zero point of the plan, in the form that ORT takes them."""
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    for name, affine in (*plan.activations.items(), *plan.weights.items()):
+        kind = _quant_type(affine.integer)
+        axis = {} if affine.axis is None else {"axis": affine.axis}
+        overrides[name] = [
+            {"quant_type": kind, "scale": np.asarray(scale), "zero_point": np.asarray(zero_point), **axis}
+            for scale, zero_point in zip(np.ravel(affine.scale), np.ravel(affine.zero_point), strict=True)
+        ]
+    return overrides
+
+
+def _activation_type(plan: QuantPlan) -> IntegerType:
+    return next((affine.integer for affine in plan.activations.values()), IntegerType(signed=False))
+
+
+def _quant_type(integer: IntegerType) -> Any:
+    from onnxruntime.quantization import QuantType
+
+    return QuantType[f"Q{'' if integer.signed else 'U'}Int{integer.bits}"]
+
+
+@contextmanager
+def _marked_as_inferred(proto: onnx.ModelProto) -> Iterator[None]:
+    """Shapes are inferred already; without this mark ORT writes the model to disk and infers them again."""
+    mark = proto.metadata_props.add()
+    mark.key, mark.value = "onnx.infer", "onnxruntime.quant"
+    try:
+        yield
+    finally:
+        del proto.metadata_props[:]
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """ORT's quantizer logs to the root logger what the plan has decided on purpose."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+
+
+def _leave_float(graph: ir.Model, plan: QuantPlan) -> None:
+    """Take away the pairs behind outputs that the plan leaves float: ORT decides by operator type, the plan by node.
+
+    Gemm ─► y' ─► Q ─► DQ ─► y        becomes        Gemm ─► y
+    """
+    for node in list(graph.graph):
+        if node.op_type != "QuantizeLinear" or quantized_tensor(node) in plan.activations:
+            continue
+        source = node.inputs[0]
+        for dequantize in list(node.outputs[0].consumers()):
+            value = dequantize.outputs[0]
+            is_output, name = value.is_graph_output(), value.name
+            value.name = f"{name}/removed"
+            value.replace_all_uses_with(source, replace_graph_outputs=True)
+            graph.graph.remove(dequantize, safe=True)
+            if is_output:
+                source.name, source.type, source.shape = name, value.type, value.shape
+        graph.graph.remove(node, safe=True)

@@ -1,0 +1,145 @@
+"""What the terminal and the page both say: the verdict, and the cells of the table of targets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from qdeploy.report.schema import Eager, Interval, Latency, Metric, Report, Target
+
+ABSENT = "-"
+"""Stands for a figure that was not measured."""
+
+
+class Cell(NamedTuple):
+    """A cell of the table: the figure, and a smaller one below it."""
+
+    main: str
+    below: str = ""
+
+
+def verdict(report: Report) -> str:
+    """One sentence: whether every target passed, and which did not."""
+    others = {
+        status: [f"{row.target}:{row.precision}" for row in report.targets if row.status == status]
+        for status in ("fail", "unavailable")
+    }
+    total = len(report.targets)
+    passed = total - sum(map(len, others.values()))
+    parts = [f"{passed} of {total} {'target' if total == 1 else 'targets'} passed"]
+    parts += [f"failed: {', '.join(others['fail'])}"] if others["fail"] else []
+    parts += [f"cannot be built here: {', '.join(others['unavailable'])}"] if others["unavailable"] else []
+    return "; ".join(parts) + "."
+
+
+def columns(metric: Metric | None) -> tuple[str, ...]:
+    """Titles of the table's columns."""
+    return ("Target", "Status", metric.name if metric else "Metric", "Drop", "Agreement", "SQNR", "Size", "p50")
+
+
+def reference_cells(report: Report) -> tuple[Cell, ...]:
+    """The row of the float model."""
+    reference = report.reference
+    return (
+        Cell("reference", "fp32"),
+        Cell(""),
+        Cell(_number(reference.metric.value if reference.metric else None)),
+        Cell(""),
+        Cell(""),
+        Cell(""),
+        Cell(size(reference.size_bytes)),
+        Cell(_median(reference.latency_ms)),
+    )
+
+
+def target_cells(row: Target) -> tuple[Cell, ...]:
+    """The row of a target."""
+    return (
+        Cell(row.target, row.precision),
+        Cell(row.status, row.evidence or ""),
+        Cell(_number(row.metric)),
+        Cell(_number(row.drop), _interval(row.drop_interval)),
+        Cell(_percent(row.agreement)),
+        Cell(_decibels(row.sqnr_db)),
+        Cell(size(row.size_bytes), _ratio(row.compression)),
+        Cell(_median(row.latency_ms), _ratio(row.speedup)),
+    )
+
+
+def details(row: Target) -> tuple[tuple[str, str], ...]:
+    """What the table has no room for, as (name, text); figures that were not measured are left out."""
+    calibration = f"{row.reader}, {row.samples} samples" if row.reader else ""
+    pairs = (
+        ("Calibration", calibration),
+        ("Steps", "; ".join(f"{step.name}: {step.detail}" if step.detail else step.name for step in row.steps)),
+        ("Operators", ", ".join(f"{count} {kind}" for kind, count in row.quantized_ops.items())),
+        ("Evaluation samples", "" if row.evaluation_samples is None else str(row.evaluation_samples)),
+        ("Largest error", "" if row.max_abs_error is None else _significant(row.max_abs_error)),
+        ("Cosine similarity", "" if row.cosine is None else f"{row.cosine:.6f}"),
+        ("Latency", _distribution(row.latency_ms)),
+        ("FP32 on the same runtime", _distribution(row.baseline_latency_ms)),
+        ("Speed-up, 95 % interval", _interval(row.speedup_interval, 2)),
+        ("Options", ", ".join(f"{name} = {value}" for name, value in row.options.items())),
+        ("Artifact", row.artifact or ""),
+    )
+    return tuple((name, text) for name, text in pairs if text)
+
+
+def eager_sentence(eager: Eager) -> str:
+    """How far the exported model is from the PyTorch module."""
+    largest = ABSENT if eager.max_abs_error is None else _significant(eager.max_abs_error)
+    figures = f"largest difference {largest}, SQNR {_decibels(eager.sqnr_db)}, agreement {_percent(eager.agreement)}"
+    return f"The exported model against the PyTorch module: {figures}."
+
+
+def size(count: int | None) -> str:
+    """Bytes in decimal units, three digits."""
+    if count is None:
+        return ABSENT
+    amount, unit = next(
+        ((count / factor, unit) for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= factor),
+        (float(count), "B"),
+    )
+    return f"{_significant(amount)} {unit}"
+
+
+def _significant(value: float) -> str:
+    """Three significant digits; an exponent only where the number is tiny or huge."""
+    if value == 0.0 or 1e-3 <= abs(value) < 1e6:
+        return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
+    return f"{value:.2e}"
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:z.4f}"
+
+
+def _interval(ends: Interval | None, digits: int = 4) -> str:
+    return "" if ends is None else f"[{ends[0]:z.{digits}f}, {ends[1]:z.{digits}f}]"
+
+
+def _percent(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.2f} %"
+
+
+def _decibels(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:z.1f} dB"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}×"
+
+
+def _median(latency: Latency | None) -> str:
+    return ABSENT if latency is None else f"{_significant(latency.p50)} ms"
+
+
+def _distribution(latency: Latency | None) -> str:
+    if latency is None:
+        return ""
+    tails = f"p90 {_significant(latency.p90)} ms, p99 {_significant(latency.p99)} ms, {latency.runs} runs"
+    threads = "" if latency.threads is None else f", {latency.threads or 'all'} threads"
+    batch = "" if latency.batch is None else f", batch {latency.batch}"
+    return f"p50 {_significant(latency.p50)} ms, {tails}{threads}{batch}"

