@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,16 @@ class DimRange:
             what = f"The dimension range {self.minimum}:{self.typical}:{self.maximum} is not in order."
             raise InputError(what, "Give minimum:typical:maximum, each at least 1, for example 1:1:8.")
 
+    @classmethod
+    def parse(cls, text: str) -> tuple[str, DimRange]:
+        """Name and range from `--dim`, for example "batch=1:1:8"."""
+        found = re.fullmatch(r"(\w+)=(\d+):(\d+):(\d+)", text)
+        if found is None:
+            raise InputError(
+                f"--dim cannot be {text!r}.", "Write name=minimum:typical:maximum, for example batch=1:1:8."
+            )
+        return found[1], cls(int(found[2]), int(found[3]), int(found[4]))
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -37,6 +48,17 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{self.name}={self.dtype}[{','.join(map(str, self.shape))}]"
 
+    @classmethod
+    def parse(cls, text: str) -> TensorSpec:
+        """What `--input` says, for example "image=float32[batch,3,224,224]"."""
+        found = re.fullmatch(r"([^=]+)=(float32|float64|int64|int32|uint8|bool)\[([\w,\s]*)\]", text)
+        dims = [dim.strip() for dim in found[3].split(",")] if found and found[3].strip() else []
+        if found is None or not all(dims):
+            what = f"--input cannot be {text!r}."
+            cure = "Write name=dtype[dimensions], for example image=float32[batch,3,224,224]; named dimensions are dynamic."
+            raise InputError(what, cure)
+        return cls(found[1], found[2], tuple(int(dim) if dim.isdigit() else dim for dim in dims))
+
     def mismatch(self, dtype: str, shape: tuple[int, ...]) -> str:
         """Why an array of this dtype and shape is not one of these tensors; empty if it is."""
         if dtype != self.dtype:
@@ -47,6 +69,9 @@ class TensorSpec:
             if isinstance(wanted, int) and given != wanted:
                 return f"has shape {list(shape)}, the model takes {wanted} at dimension {axis}: {self}"
         return ""
+
+
+SourceKind = Literal["callable", "exported-program", "onnx", "module"]
 
 
 @dataclass(frozen=True)
@@ -63,16 +88,40 @@ class ModelSource:
     """
 
     text: str
-    kind: Literal["callable", "exported-program", "onnx", "module"]
+    kind: SourceKind
     inputs: tuple[TensorSpec, ...] = ()
     dims: Mapping[str, DimRange] = field(default_factory=dict)
     module: Any = None
     example_inputs: Any = None
 
+    def __post_init__(self) -> None:
+        named = {dim for spec in self.inputs for dim in spec.shape if isinstance(dim, str)}
+        for dim in self.dims if self.inputs else ():
+            if dim not in named:
+                raise InputError(
+                    f"No input has a dimension {dim!r}.", f"--input names: {', '.join(sorted(named)) or 'none'}."
+                )
+
     @property
     def name(self) -> str:
         """A short name for reports: the file's stem, or the module's class."""
         return Path(self.text.partition(":")[0]).stem if self.kind != "module" else self.text
+
+    @classmethod
+    def parse(
+        cls, text: str, inputs: tuple[TensorSpec, ...] = (), dims: Mapping[str, DimRange] | None = None
+    ) -> ModelSource:
+        """The source that a text on the command line names."""
+        kind: SourceKind = "callable"
+        if text.endswith(".onnx"):
+            kind = "onnx"
+        elif text.endswith(".pt2"):
+            kind = "exported-program"
+        elif ":" not in text:
+            what = f"{text!r} is no model source."
+            cure = "Give file.py:callable, package.module:callable, an exported program (.pt2) or an ONNX file (.onnx)."
+            raise InputError(what, cure)
+        return cls(text, kind, inputs, dims or {})
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,15 @@
 """Fixtures that tests of several rooms share."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from qdeploy.statistics import TensorStatistics
+
+pytest.register_assert_rewrite("tests.contracts")
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +18,32 @@ def data() -> Path:
     if "QDEPLOY_DATA" not in os.environ:
         pytest.skip("needs QDEPLOY_DATA, the folder of images, sentences and weights")
     return Path(os.environ["QDEPLOY_DATA"])
+
+
+@pytest.fixture(scope="session")
+def statistics_of():
+    """Makes the statistics of an array in plain numpy, apart from the code that collects them."""
+    return _statistics_of
+
+
+def _statistics_of(values, name="x", channel_axis=None):
+    values = np.asarray(values, np.float32)
+    channels = [values.ravel()] if channel_axis is None else np.moveaxis(values, channel_axis, 0)
+    finite = [channel[np.isfinite(channel)] for channel in channels]
+    bits = np.concatenate(finite).view(np.uint32)
+    return TensorStatistics(
+        name,
+        channel_axis,
+        np.bincount(bits >> 17, minlength=1 << 15).astype(np.int64),
+        values.size - bits.size,
+        np.array([channel.min(initial=np.inf) for channel in finite], np.float32),
+        np.array([channel.max(initial=-np.inf) for channel in finite], np.float32),
+        np.array([channel.size for channel in finite], np.int64),
+        np.array([_limbs(channel.sum(dtype=np.float64)) for channel in finite], np.int64),
+    )
+
+
+def _limbs(total):
+    """Four limbs of 48 bits, the highest with the sign, of a number in steps of 2^-60."""
+    steps = int(Fraction(float(total)) * 2**60)
+    return [*(steps >> 48 * k & 2**48 - 1 for k in range(3)), steps >> 144]

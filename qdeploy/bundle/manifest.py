@@ -1,8 +1,8 @@
 """bundle.json: what a bundle holds, and the digests that protect it.
 
 The file is the manifest followed by `digest`, the sha256 of the manifest's own text, and its bytes must be exactly
-those that `sealed_text` writes: any change of any byte is found. This rule is older than any schema and outlives
-them. The digests find damage and accidents; a forger could compute them anew.
+those that `sealed_text` writes: any change of any byte is found. This rule holds for every schema, so that a newer
+bundle is recognised as such. The digests find damage and accidents; a forger could compute them anew.
 
 Import this module inside functions: it loads pydantic.
 """

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from qdeploy.registry import suggestion
 from qdeploy.samples.source import Sample, SampleSource, evenly_spaced, how_many, native
 
 LABELS = "labels"
+_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TokenError, zipfile.BadZipFile, zlib.error)
+"""What zipfile and numpy raise on damaged files."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", "Check the path.") from error
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         raise InputError(
             f"{path} is not an .npz file, or is damaged: {error}.", "Write it with numpy.savez."
         ) from error
@@ -125,7 +128,7 @@ def _common_length(path: Path, arrays: Mapping[str, _Array]) -> int:
         listed = ", ".join(f"{name!r} has {length}" for name, length in lengths.items())
         raise InputError(f"The arrays in {path} differ in their number of samples: {listed}.", "Make them equal.")
     count = next(iter(lengths.values()))
-    if count == 0:
+    if count < 1:
         raise InputError(f"The arrays in {path} hold no samples.", "Store at least one.")
     return count
 

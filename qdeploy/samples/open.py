@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,8 +33,8 @@ def open_samples(
 
     Args:
         data: As on the command line (a folder of images, an .npz file, `file.py:callable`,
-            `package.module:callable`), or from Python any re-iterable, a callable without arguments, or an ORT
-            CalibrationDataReader.
+            `package.module:callable`), or from Python any re-iterable, a callable without arguments, an ORT
+            CalibrationDataReader, or a source that is open already.
         input_names: Of the model, in order.
         ranks: How many axes each input has, where known: it decides how the arrays of an .npz file are cut.
         preprocessing: How images become the model's input; other forms are taken as they are.
@@ -44,6 +46,8 @@ def open_samples(
     """
     if limit is not None and limit < 1:
         raise InputError(f"The number of samples is limited to {limit}.", "Give at least 1.")
+    if isinstance(data, SampleSource):
+        return _first(data, limit)
     if not isinstance(data, str | os.PathLike):
         return open_python(data, input_names, limit)
     text = str(data)
@@ -56,3 +60,8 @@ def open_samples(
         return open_callable(load_callable(text), input_names, limit)
     what = f"Samples cannot be read from the file {text}." if path.exists() else f"There is no file or folder {text}."
     raise InputError(what, FORMS)
+
+
+def _first(source: SampleSource, limit: int | None) -> SampleSource:
+    size = source.size if limit is None or source.size is None else min(source.size, limit)
+    return replace(source, stream=lambda: islice(source, limit), size=size)

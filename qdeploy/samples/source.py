@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,11 @@ class SampleSource:
         return self.stream()
 
 
-def evenly_spaced(count: int, limit: int | None) -> list[int]:
+def evenly_spaced(count: int, limit: int | None) -> Sequence[int]:
     """At most `limit` ascending positions spread evenly over `count`, so that data sorted by class stay diverse."""
-    kept = count if limit is None else min(count, limit)
-    return [i * count // kept for i in range(kept)]
+    if limit is None or limit >= count:
+        return range(count)
+    return [i * count // limit for i in range(limit)]
 
 
 def how_many(picked: int, count: int, unit: str) -> str:

@@ -178,6 +178,17 @@ def test_an_array_cut_short_is_refused_when_reached(save):
         next(stream)
 
 
+def test_a_damaged_header_is_refused(save):
+    whole = save(x=X)
+    with zipfile.ZipFile(whole) as archive:
+        content = archive.read("x.npy")
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("x.npy", content.replace(b"}", b"("))
+
+    with pytest.raises(InputError, match=r"x\.npz is not an \.npz file, or is damaged"):
+        opened(whole)
+
+
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255))
 def test_a_damaged_file_is_read_or_refused(tmp_path_factory, position, value):
     path = tmp_path_factory.getbasetemp() / "damaged.npz"

@@ -54,6 +54,16 @@ def test_python_objects_are_samples_too():
     assert len(list(open_samples([{"image": X}] * 3, input_names=NAMES, limit=2))) == 2
 
 
+def test_an_open_source_is_taken_as_it_is(data):
+    source = open_samples("photos", input_names=NAMES, preprocessing=Preprocessing(crop=1))
+
+    again = open_samples(source, input_names=NAMES, limit=3)
+
+    assert (len(list(again)), len(list(again)), again.size) == (3, 3, 3)
+    assert again.preprocessing == source.preprocessing
+    assert len(list(open_samples(source, input_names=NAMES))) == 4
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
