@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
 from qdeploy.backend import Arrays, Artifact, Availability, Backend, Evidence, Layer, Runner, input_arrays
+from qdeploy.errors import InputError, InternalError
 from qdeploy.model import FloatModel, QuantizedModel, model_files
 from qdeploy.scheme import Condition, OpRule, PerChannel, QuantContract, Scheme
 from qdeploy.session import GraphLevel, open_session
@@ -41,6 +43,7 @@ _LAST_GEMM = "QGemm with float output: nothing reads the result as integers, so 
 _JOIN = "Runs in integers when its inputs are integers already; between float operators it would only add rounding."
 _MOVE = "Moves values without computing: stays in integers, with its input's scale."
 _KEEP = "Leave it float; if it decides the latency, choose a target that has an integer kernel for it."
+_POOL = "Leave it float; a mean over height and width is quantized when it is exported as a global average pool."
 
 INT8_RULES = (
     OpRule(
@@ -66,12 +69,19 @@ INT8_RULES = (
     OpRule("Concat", (BETWEEN,), {}, ACTIVATION, reason=_JOIN),
     *(
         OpRule(op, (BETWEEN,), {0: ACTIVATION}, ACTIVATION, reason=_JOIN)
-        for op in ("GlobalAveragePool", "AveragePool", "ReduceMean", "LeakyRelu", "Sigmoid")
+        for op in ("GlobalAveragePool", "LeakyRelu", "Sigmoid")
+    ),
+    OpRule(
+        "AveragePool",
+        moves_values=True,
+        reason="QLinearAveragePool; an average lies between the values it is made of, so it keeps their scale.",
     ),
     *(
         OpRule(op, moves_values=True, reason=_MOVE)
-        for op in ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Resize")
+        for op in ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
     ),
+    OpRule("Resize", reason="ORT interpolates in float (only mode=nearest would stay in integers).", cure=_KEEP),
+    OpRule("ReduceMean", reason="ORT has no integer ReduceMean that it puts in the place of a QDQ one.", cure=_POOL),
     OpRule("Softmax", reason="Its output spans many orders of magnitude, and it costs little.", cure=_KEEP),
     OpRule("LayerNormalization", reason="ORT has no integer LayerNormalization on the CPU.", cure=_KEEP),
 )
@@ -120,7 +130,8 @@ class OrtCpu(Backend):
         with tempfile.TemporaryDirectory(prefix="qdeploy-") as scratch:
             optimized = Path(scratch) / "optimized.onnx"
             open_session(main, threads=options.threads, graph_level=options.graph_level, optimized=optimized)
-            layers = _layers(questions.load_graph(main), questions.load_graph(optimized))
+            origin = model.float_model if isinstance(model, QuantizedModel) else model
+            layers = _layers(questions.load_graph(origin.path), questions.load_graph(optimized))
         return Artifact(self.name, precision, directory, main.name, layers)
 
     def open(self, artifact: Artifact, options: Options) -> Runner:
@@ -142,9 +153,18 @@ class OrtRunner(Runner):
         """Outputs by name."""
         if self._session is None:
             message = "a runner is used inside `with` only"
-            raise RuntimeError(message)
+            raise InternalError(message)
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, input_arrays(inputs)), strict=True))
+        try:
+            outputs = self._session.run(names, input_arrays(inputs))
+        except (InvalidArgument, RuntimeException, ValueError) as error:
+            given = ", ".join(f"{name}={array.dtype}{list(array.shape)}" for name, array in inputs.items())
+            taken = ", ".join(f"{i.name}={i.type}{i.shape}" for i in self._session.get_inputs())
+            what = f"ONNX Runtime cannot run {self._path.name} on {given or 'no inputs'}: {error}"
+            raise InputError(what, f"The model takes {taken}.") from error
+        return dict(zip(names, outputs, strict=True))
 
     def __enter__(self) -> Self:
         self._session = open_session(self._path, threads=self._options.threads, graph_level=self._options.graph_level)
@@ -154,3 +174,127 @@ class OrtRunner(Runner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = None
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Where an operator of the optimized graph keeps its weight, and the zero point that its output has.
+
+    Without a zero point the output is float; an operator that is not listed hands its first input's type on.
+    """
+
+    weight: int | None = None
+    output_zero_point: int | None = None
+
+
+_FLOAT_WEIGHTED = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_UNARY = ("Sigmoid", "LeakyRelu", "Softmax", "GlobalAveragePool", "AveragePool")
+
+OPERANDS = {
+    "QuantizeLinear": _Operands(output_zero_point=2),
+    "QLinearConv": _Operands(weight=3, output_zero_point=7),
+    "QLinearMatMul": _Operands(weight=3, output_zero_point=7),
+    "QGemm": _Operands(weight=3, output_zero_point=8),
+    "MatMulIntegerToFloat": _Operands(weight=1),
+    "DynamicQuantizeMatMul": _Operands(weight=1),
+    "QLinearAdd": _Operands(output_zero_point=7),
+    "QLinearMul": _Operands(output_zero_point=7),
+    "QLinearConcat": _Operands(output_zero_point=1),
+    **{f"QLinear{op}": _Operands(output_zero_point=4) for op in _UNARY},
+    **{op: _Operands(weight=1) for op in _FLOAT_WEIGHTED},
+    **{op: _Operands() for op in ("DequantizeLinear", "Cast", "Where")},
+}
+"""The operators that ORT's optimizer leaves or puts into a graph (onnxruntime, docs/ContribOperators.md)."""
+
+_TYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "DOUBLE": "fp64"}
+
+
+def _layers(original: ir.Model, optimized: ir.Model) -> tuple[Layer, ...]:
+    """What each node of the float model became in the graph that ORT runs; "unknown" where it cannot be found there."""
+    hosts = _hosts(original, optimized)
+    types = _types(optimized)
+    names: dict[int, list[str]] = {}
+    for name, host in hosts.items():
+        names.setdefault(id(host), []).append(name)
+    layers = []
+    for node in original.graph:
+        if not any(questions.is_real(value) for value in node.outputs):
+            continue  # it computes a shape
+        name, host = str(node.name), hosts.get(str(node.name))
+        if host is None:
+            layers.append(Layer(name, node.op_type, "", (), None, (), "unknown"))
+            continue
+        fused_with = tuple(other for other in names[id(host)] if other != name)
+        layers.append(_layer(node, host, types, fused_with))
+    return tuple(layers)
+
+
+def _layer(node: ir.Node, host: ir.Node, types: dict[str, str], fused_with: tuple[str, ...]) -> Layer:
+    place = OPERANDS.get(host.op_type, _Operands()).weight if questions.weight_of(node) is not None else None
+    weights = types[questions.name_of(host.inputs[place])] if place is not None else None
+    computed = [
+        types[questions.name_of(value)]
+        for index, value in enumerate(host.inputs)
+        if value is not None and index != place and questions.constant(value) is None
+    ]
+    outputs = tuple(types[questions.name_of(value)] for value in host.outputs if value.name)
+    integers = host.op_type != "Cast" and any(kind in ("int8", "uint8") for kind in (*computed, weights))
+    precision = "int8" if integers else "fp32"
+    return Layer(str(node.name), node.op_type, str(host.name), tuple(computed), weights, outputs, precision, fused_with)
+
+
+def _hosts(original: ir.Model, optimized: ir.Model) -> dict[str, ir.Node]:
+    """Node name → the node of the optimized graph that does its work, for those that are found.
+
+    ORT keeps the name of a node that it rewrites, with marks of its own; its blocked float layout (NCHWc) names nodes
+    after what they write. Activations and sums that have no node any more run in the layer that computes their input.
+    """
+    order = {id(node): index for index, node in enumerate(optimized.graph)}
+    built = {_without_marks(str(node.name)): node for node in reversed(optimized.graph)}
+    hosts: dict[str, ir.Node] = {}
+    for node in original.graph:
+        host = built.get(str(node.name)) or built.get(f"{questions.result_of(node).name}_nchwc")
+        if host is None:
+            producers = [value.producer() for value in node.inputs if value is not None]
+            before = [hosts[str(p.name)] for p in producers if p is not None and str(p.name) in hosts]
+            last = max(before, key=lambda found: order[id(found)], default=None)
+            host = last if last is not None and _performs(last, node) else None
+        if host is not None:
+            hosts[str(node.name)] = host
+    return hosts
+
+
+def _without_marks(name: str) -> str:
+    """A node's name without what ORT's optimizers put around it."""
+    return re.sub(r"_token_\d+$", "", name.removeprefix("fused ")).removesuffix("/MatMulAddFusion")
+
+
+def _performs(host: ir.Node, node: ir.Node) -> bool:
+    """Whether an operator of the optimized graph also does the work of a node behind it that is there no more."""
+    if node.op_type == "Add":
+        blocked_sum = host.domain == "com.microsoft.nchwc" and len(host.inputs) > 3
+        return blocked_sum or str(host.name).endswith("/MatMulAddFusion")
+    return node.op_type in questions.ACTIVATIONS and host.op_type in OPERANDS
+
+
+def _types(optimized: ir.Model) -> dict[str, str]:
+    """Element type of every value, by name: ORT writes those of its constants, inputs and outputs only."""
+    constants = optimized.graph.initializers.values()
+    types = {questions.name_of(value): _type(value) for value in (*optimized.graph.inputs, *constants)}
+    for node in optimized.graph:
+        for value in node.outputs:
+            types[str(value.name)] = _type(value) if value.dtype is not None else _result_type(node, types)
+    return types
+
+
+def _result_type(node: ir.Node, types: dict[str, str]) -> str:
+    if node.op_type in ("Shape", "Size"):
+        return "int64"
+    operands = OPERANDS.get(node.op_type)
+    index = 0 if operands is None else operands.output_zero_point
+    source = node.inputs[index] if index is not None and index < len(node.inputs) else None
+    return types[questions.name_of(source)] if source is not None else "fp32"
+
+
+def _type(value: ir.Value) -> str:
+    return _TYPES.get(value.dtype.name, value.dtype.name.lower()) if value.dtype is not None else "unknown"

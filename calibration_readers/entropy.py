@@ -19,20 +19,12 @@ four things differ, each for a reason:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-from qdeploy.affine import Affine, Range, affine_from_limits
-from qdeploy.reader import CalibrationReader
+from qdeploy.affine import Affine, FloatArray, Range, affine_from_limits
+from qdeploy.reader import CalibrationReader, best_range
 from qdeploy.scheme import Scheme
 from qdeploy.statistics import Bins, TensorStatistics
-
-Array = NDArray[np.floating[Any]]
-Loss = Callable[[Array, Array], Array]
-"""Lower and upper limits of n candidate ranges, broadcast to [n] → the loss of each, [n]."""
 
 PIECES = 9
 """Places that a level is resolved into. Odd, so that the values which the scheme represents exactly, where peaks such
@@ -55,7 +47,7 @@ class Entropy(CalibrationReader):
         if bins.count.size == 0 or scheme.integer.bits > MOST_BITS:
             return Range(statistics.minimum, statistics.maximum)
 
-        def loss(low: Array, high: Array) -> Array:
+        def loss(low: FloatArray, high: FloatArray) -> FloatArray:
             return divergence(bins, affine_from_limits(low, high, scheme.integer, symmetric=scheme.symmetric))
 
         return best_range(loss, statistics, scheme)
@@ -67,7 +59,7 @@ def without_zeros(bins: Bins) -> Bins:
     return Bins(bins.low[kept], bins.high[kept], bins.count[kept])
 
 
-def divergence(bins: Bins, affine: Affine) -> Array:
+def divergence(bins: Bins, affine: Affine) -> FloatArray:
     """KL(P‖Q) in nats for n quantizations at once.
 
     Args:
@@ -98,57 +90,17 @@ def divergence(bins: Bins, affine: Affine) -> Array:
     return np.where(inside >= total / 2, nats, np.inf)
 
 
-def values_below(bins: Bins, x: Array) -> tuple[Array, float]:
+def values_below(bins: Bins, x: FloatArray) -> tuple[FloatArray, float]:
     """How many values lie below each x, and how many there are in all."""
     total = np.cumsum(bins.count)
     corners = np.stack([bins.low, bins.high], axis=1).ravel()
     return np.interp(x, corners, np.stack([total - bins.count, total], axis=1).ravel()), float(total[-1])
 
 
-def with_clipped(unclipped: Array, below: Array, above: Array) -> Array:
+def with_clipped(unclipped: FloatArray, below: FloatArray, above: FloatArray) -> FloatArray:
     """Counts [n, places] with the clipped values [n] of each side added to the outermost places that hold any."""
     held = unclipped > 0.0
     place = np.arange(unclipped.shape[1])
     first = np.argmax(held, axis=1)[:, None]
     last = place[-1] - np.argmax(held[:, ::-1], axis=1)[:, None]
     return np.asarray(unclipped + (place == first) * below[:, None] + (place == last) * above[:, None])
-
-
-def best_range(loss: Loss, statistics: TensorStatistics, scheme: Scheme) -> Range:
-    """The range of least loss among those within the observed extremes.
-
-    First one threshold for both sides, [−t, t] cut at the extremes; then, if the scheme lets the limits differ and
-    the tensor has values of both signs, each limit in turn with the other held.
-    """
-    lowest, highest = min(statistics.minimum, 0.0), max(statistics.maximum, 0.0)
-    if lowest == highest:
-        return Range(lowest, highest)
-    peak = max(-lowest, highest)
-    threshold = least(lambda t: loss(np.maximum(-t, lowest), np.minimum(t, highest)), peak)
-    low, high = max(-threshold, lowest), min(threshold, highest)
-    if scheme.symmetric or lowest == 0.0 or highest == 0.0:
-        return Range(low, high)
-
-    def loss_of_low(t: Array) -> Array:
-        return loss(-t, np.asarray(high))
-
-    def loss_of_high(t: Array) -> Array:
-        return loss(np.asarray(low), t)
-
-    for _ in range(2):
-        low = -least(loss_of_low, -lowest)
-        high = least(loss_of_high, highest)
-    return Range(low, high)
-
-
-def least(loss: Callable[[Array], Array], extreme: float) -> float:
-    """The threshold in (0, extreme] of least loss, to within 0.2 %; the largest of equals.
-
-    Thresholds are fractions of the extreme in geometric steps: two an octave down to 2^-15, then finer and finer ones
-    around the best so far.
-    """
-    exponents = -np.arange(31) / 2.0
-    for reach in (1 / 2, 1 / 8, 1 / 32, 1 / 128):
-        best = exponents[np.argmin(loss(extreme * 2.0**exponents))]
-        exponents = np.minimum(best + np.linspace(reach, -reach, 9), 0.0)
-    return float(extreme * 2.0 ** exponents[np.argmin(loss(extreme * 2.0**exponents))])

@@ -141,8 +141,11 @@ def quantize(x: FloatArray, affine: Affine) -> IntArray:
     """Stored integers of x, saturated, rounded half to even, computed in float32 as ONNX QuantizeLinear does."""
     scale = _along(affine.scale, affine.axis, x.ndim)
     zero_point = _along(affine.zero_point, affine.axis, x.ndim).astype(np.float64)
-    # The quotient is float32 as in the operator; the sum is wider, so that a large quotient stays exact until clipped.
-    q = np.rint(np.asarray(x, np.float32) / scale).astype(np.float64) + zero_point
+    # The quotient is float32 as in the operator, and may be infinite: it is clipped. The sum is wider, so that a large
+    # quotient stays exact until then.
+    with np.errstate(over="ignore"):
+        quotient = np.asarray(x, np.float32) / scale
+    q = np.rint(quotient).astype(np.float64) + zero_point
     stored: IntArray = np.clip(q, affine.integer.qmin, affine.integer.qmax).astype(affine.integer.dtype)
     return stored
 

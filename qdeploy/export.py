@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -265,7 +266,7 @@ def _export_to(path: Path, loaded: LoadedModel, examples: Arrays, output_names: 
     if loaded.program is None and any(dims.values()):
         dynamic = dims if kwargs else tuple(dims.values())
     try:
-        with _quiet(), user_code_output():
+        with _quiet():
             program = torch.onnx.export(
                 loaded.program or loaded.module,
                 args,
@@ -284,7 +285,7 @@ def _export_to(path: Path, loaded: LoadedModel, examples: Arrays, output_names: 
 
 
 def _is_large(module: Any) -> bool:
-    return sum(t.numel() * t.element_size() for t in module.parameters()) > questions.EXTERNAL_DATA_BYTES
+    return bool(sum(t.numel() * t.element_size() for t in module.parameters()) > questions.EXTERNAL_DATA_BYTES)
 
 
 def _traceable(array: NDArray[Any], name: str, source: ModelSource) -> NDArray[Any]:
@@ -322,7 +323,8 @@ def _check_against(eager: EagerRunner, model: FloatModel, samples: list[Sample])
             sqnr = sqnr_db(reference, got[name]) if same_shape and np.isfinite(reference).all() else None
             if not same_shape or (sqnr is not None and sqnr < LOWEST_SQNR_DB):
                 figure = f"{sqnr:.1f} dB SQNR" if sqnr is not None else "another shape"
-                what = f"The ONNX model does not compute what the module does: output {name!r} of {sample.origin} has {figure}."
+                where = f"output {name!r} of {sample.origin} has {figure}"
+                what = f"The ONNX model does not compute what the module does: {where}."
                 raise InputError(what, "Look for control flow that depends on values, randomness, or state in forward.")
 
 
@@ -336,7 +338,7 @@ def _failing_module(loaded: LoadedModel, args: Any, kwargs: Any, dynamic: Any) -
     hooks = [m.register_forward_pre_hook(lambda module, _: stack.append(names[module])) for m in names]
     hooks += [m.register_forward_hook(lambda *_: stack.pop() and None) for m in names]
     try:
-        with _quiet(), user_code_output():
+        with _quiet():
             torch.export.export(loaded.module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception:  # noqa: BLE001 - the same failure again, this time to see where
         return f" in {stack[-1]}" if stack else ""
@@ -357,24 +359,16 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def user_code_output() -> Iterator[None]:
-    """Keep what the user's forward prints off standard output, without explaining its exceptions."""
-    import sys
-    from contextlib import redirect_stdout
-
-    with redirect_stdout(sys.stderr):
-        yield
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns of what it lacks (torchvision) and of its own future; none of it is the user's concern."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    """Silence torch's exporter, which warns of its own future and prints whole graphs when it fails.
+
+    What the user's forward prints while it is traced goes too; it was run, and heard, before.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logging.disable(disabled)

@@ -42,13 +42,17 @@ def load_graph(path: Path) -> ir.Model:
     """Read a model; weights in external data stay on disk until they are used.
 
     Raises:
-        InputError: The file is missing or is no ONNX model.
+        InputError: The file is missing or is no ONNX model, or its external data are missing or too short.
     """
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
     try:
         model = ir.load(path)
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value.numpy()  # maps the file, reads nothing yet
+                value.const_value.release()
     except FileNotFoundError as error:
         raise InputError(f"There is no model file {error.filename or path}.", "Check the path.") from error
     except (DecodeError, ValueError, TypeError, OSError, UnicodeDecodeError) as error:
@@ -63,7 +67,10 @@ def save_graph(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if weights > EXTERNAL_DATA_BYTES else None)
+    if weights > EXTERNAL_DATA_BYTES:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:  # weights that lie beside the file they were read from would not be found from here
+        ir.save(ir.external_data.load_to_model(model), path)
 
 
 def describe(path: Path, name: str, dims: Mapping[str, DimRange]) -> FloatModel:

@@ -55,7 +55,7 @@ class TensorSpec:
         dims = [dim.strip() for dim in found[3].split(",")] if found and found[3].strip() else []
         if found is None or not all(dims):
             what = f"--input cannot be {text!r}."
-            cure = "Write name=dtype[dimensions], for example image=float32[batch,3,224,224]; named dimensions are dynamic."
+            cure = "Write name=dtype[dimensions], for example image=float32[batch,3,224,224]; a name is dynamic."
             raise InputError(what, cure)
         return cls(found[1], found[2], tuple(int(dim) if dim.isdigit() else dim for dim in dims))
 

@@ -6,6 +6,7 @@ Tensor names are kept, since ranges, reports and the user's patterns speak of th
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,7 @@ def _fold(graph: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
+    passes.RemoveInitializersFromInputsPass()(graph)
     optimizer.optimize_ir(graph)
     rewriter.rewrite(
         graph,
@@ -89,7 +91,6 @@ def _fold(graph: ir.Model) -> None:
         ],
     )
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    passes.RemoveInitializersFromInputsPass()(graph)
     passes.ShapeInferencePass()(graph)
 
 
@@ -104,6 +105,8 @@ def _pool_spatial_means(graph: ir.Model) -> None:
         axes = constant(node.inputs[1]) if node.op_type == "ReduceMean" and len(node.inputs) == 2 else None
         source = node.inputs[0] if axes is not None else None
         if axes is None or source is None or source.shape is None or len(source.shape) != 4:
+            continue
+        if source.dtype != ir.DataType.FLOAT:
             continue
         if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
             continue
@@ -127,11 +130,13 @@ def _pool_spatial_means(graph: ir.Model) -> None:
 
 def _name_nodes(graph: ir.Model) -> None:
     """Give every node a name of its own; names that are there stay."""
-    taken: set[str] = set()
+    taken = {node.name for node in graph.graph.all_nodes()}
+    seen: set[str] = set()
     for index, node in enumerate(graph.graph.all_nodes()):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{index}"
-        taken.add(node.name)
+        if not node.name or node.name in seen:
+            node.name = next(name for i in count(index) if (name := f"{node.op_type}_{i}") not in taken)
+            taken.add(node.name)
+        seen.add(node.name)
 
 
 def _tidy(graph: ir.Model) -> None:
@@ -142,4 +147,6 @@ def _tidy(graph: ir.Model) -> None:
     passes.ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "qdeploy"
     graph.producer_version = None
+    graph.doc_string = None
+    graph.metadata_props.clear()
     graph.graph.name = "model"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qdeploy.errors import InputError, UnavailableError
+from numpy.typing import NDArray
+
+from qdeploy.backend import Arrays, Evidence, Runner, input_arrays
+from qdeploy.errors import InputError, InternalError, UnavailableError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -49,3 +53,41 @@ def open_session(
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a different class for each of its status codes
         raise InputError(f"ONNX Runtime cannot load {path.name}: {str(error).strip()}") from error
+
+
+class SessionRunner(Runner):
+    """Runs an ONNX file on ORT CPU: the FP32 reference, a QDQ graph as it is written, or the ort-cpu target itself."""
+
+    evidence = Evidence.EXECUTED
+
+    def __init__(self, path: Path, *, threads: int = 0, graph_level: GraphLevel = "all") -> None:
+        self._path = path
+        self._threads = threads
+        self._graph_level: GraphLevel = graph_level
+        self._session: onnxruntime.InferenceSession | None = None
+        self._names: list[str] = []
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs by name.
+
+        Raises:
+            InputError: ORT cannot run the model on these inputs.
+        """
+        if self._session is None:
+            message = f"the runner of {self._path.name} is used outside `with`"
+            raise InternalError(message)
+        try:
+            outputs = self._session.run(self._names, input_arrays(inputs))
+        except Exception as error:  # ORT raises a different class for each of its status codes
+            raise InputError(f"ONNX Runtime cannot run {self._path.name}: {str(error).strip()}") from error
+        return dict(zip(self._names, outputs, strict=True))
+
+    def __enter__(self) -> Self:
+        self._session = open_session(self._path, threads=self._threads, graph_level=self._graph_level)
+        self._names = [output.name for output in self._session.get_outputs()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None

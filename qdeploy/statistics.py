@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,9 +36,15 @@ LOWEST_LIMB_EXPONENT = -60
 
 FORMAT = 1
 
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy, zipfile and zlib raise over damaged bytes; RuntimeError is for a flag that says encrypted or unknown."""
+
 
 def fixed_point(x: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Real numbers as limbs, shape x.shape + (4,), each limb below 2^48 in magnitude; truncated towards zero."""
+    """Real numbers as limbs, shape x.shape + (4,), truncated towards zero.
+
+    Each limb but the highest is below 2^48 in magnitude, and all have the number's sign.
+    """
     limbs = np.empty((*x.shape, LIMBS), np.int64)
     rest = np.asarray(x, np.float64)
     for k in reversed(range(LIMBS)):
@@ -248,7 +255,7 @@ class Statistics:
             return _from_arrays(arrays)
         except FileNotFoundError as error:
             raise InputError(f"There is no statistics file {path}.", "Make one with qdeploy calibrate.") from error
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             what = f"{path} is not a statistics file of this version, or is damaged ({error})."
             raise InputError(what, "Make it anew with qdeploy calibrate.") from error
 

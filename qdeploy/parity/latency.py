@@ -11,8 +11,11 @@ import numpy as np
 from qdeploy.errors import InternalError
 from qdeploy.parity.bootstrap import Interval, percentile_interval
 
-FEWEST_ROUNDS = 20
-"""Below this many rounds a median says nothing, whatever the time budget."""
+BURST = 5
+"""Counted runs of a model in one round."""
+
+FEWEST_ROUNDS = 4
+"""Below 20 runs a median says nothing, whatever the time budget."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Latency:
     """The distribution of one model's run times.
 
     Attributes:
-        times_ms: Milliseconds of each round, in the order measured.
+        times_ms: Milliseconds of each run, in the order measured.
     """
 
     times_ms: tuple[float, ...]
@@ -49,33 +52,44 @@ class Latency:
 def measure(
     runs: Mapping[str, Callable[[], object]],
     *,
-    warmup: int = 10,
-    rounds: int = 100,
+    warmup: int = 2,
+    rounds: int = 20,
     budget_s: float,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Latency]:
-    """Time several models, each once a round, so that a machine that slows down slows them all.
+    """Time several models in bursts by turns, so that a machine that slows down slows them all.
+
+    A burst is one run that is not counted, since it finds the other model's weights in the caches, and five that are:
+    a served model, too, mostly runs after itself.
 
     Args:
         runs: By name, what to time; each returns only when its work is done.
         warmup: Rounds that are run first and not counted.
-        rounds: Rounds that are counted.
-        budget_s: Seconds, warm-up included, after which no further round starts; 20 rounds are counted in any case.
+        rounds: Rounds that are counted, of one burst a model.
+        budget_s: Seconds, warm-up included, after which no further round starts; 4 rounds are counted in any case.
         clock_ns: A monotonic clock in nanoseconds.
     """
     end = clock_ns() + int(budget_s * 1e9)
-    for index in range(warmup):
-        for name in _order(list(runs), index):
-            runs[name]()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(max(rounds, FEWEST_ROUNDS)):
-        if index >= FEWEST_ROUNDS and clock_ns() >= end:
+    for index in range(warmup + max(rounds, FEWEST_ROUNDS)):
+        counted = index - warmup
+        if counted >= FEWEST_ROUNDS and clock_ns() >= end:
             break
         for name in _order(list(runs), index):
-            start = clock_ns()
-            runs[name]()
-            times[name].append((clock_ns() - start) / 1e6)
+            burst = _burst(runs[name], clock_ns)
+            times[name] += burst if counted >= 0 else []
     return {name: Latency(tuple(each)) for name, each in times.items()}
+
+
+def _burst(run: Callable[[], object], clock_ns: Callable[[], int]) -> list[float]:
+    """Milliseconds of each counted run of one burst."""
+    run()
+    times = []
+    for _ in range(BURST):
+        start = clock_ns()
+        run()
+        times.append((clock_ns() - start) / 1e6)
+    return times
 
 
 def _order(names: list[str], index: int) -> list[str]:
@@ -91,7 +105,7 @@ def _order(names: list[str], index: int) -> list[str]:
 def speedup(baseline: Latency, other: Latency) -> tuple[float, Interval]:
     """How many times faster `other` is, by the ratio of medians, with its 95 % bootstrap interval.
 
-    Rounds are drawn in pairs, since both models were timed in each. Both must come from the same measurement.
+    Runs are drawn in pairs, since both models were timed in each round. Both must come from the same measurement.
     """
     if baseline.runs != other.runs:
         message = f"latencies of different measurements: {baseline.runs} and {other.runs} runs"

@@ -99,8 +99,7 @@ def _insert_qdq(proto: onnx.ModelProto, plan: QuantPlan, nodes: list[str]) -> on
     """Let ORT's QDQQuantizer insert the pairs; its options stand here only, since it ignores misspelt ones."""
     try:
         from onnxruntime.quantization import QuantType
-        from onnxruntime.quantization.calibrate import TensorData, TensorsData
-        from onnxruntime.quantization.calibrate import CalibrationMethod
+        from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     except ModuleNotFoundError as error:
         raise UnavailableError("onnxruntime is not installed.", "Install it: pip install 'qdeploy[cpu]'") from error

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from scipy.special import rel_entr
 
 from qdeploy.affine import IntegerType
 from qdeploy.calibration_readers.entropy import Entropy
@@ -34,6 +33,8 @@ PLACES = 9
 
 def divergence_of(values, bits, threshold):
     """KL(P‖Q) of a symmetric narrow quantization by its definition, place by place, from the values themselves."""
+    from scipy.special import rel_entr
+
     values = np.sort(values[values != 0.0].astype(np.float64))
     qmax = 2 ** (bits - 1) - 1
     step = threshold / qmax

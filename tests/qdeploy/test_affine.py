@@ -1,13 +1,10 @@
 import functools
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from onnx import helper
 
 from qdeploy.affine import (
     SMALLEST_SCALE,
@@ -36,6 +33,10 @@ arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_sid
 @functools.cache
 def session(operator, integer, axis):
     """One ONNX operator in ONNX Runtime: x, scale and zero point in, y out."""
+    import onnx
+    import onnxruntime as ort
+    from onnx import helper
+
     stored = helper.np_dtype_to_tensor_dtype(integer.dtype)
     real = onnx.TensorProto.FLOAT
     x, y = (real, stored) if operator == "QuantizeLinear" else (stored, real)

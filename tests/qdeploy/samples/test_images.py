@@ -4,7 +4,7 @@ import builtins
 
 import numpy as np
 import pytest
-from PIL import Image  # noqa: TID253  # tests may load at once what they need
+from PIL import Image  # tests may load at once what they need
 
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.samples.images import open_images

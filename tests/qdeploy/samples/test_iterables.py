@@ -4,8 +4,8 @@ from collections import UserDict
 
 import numpy as np
 import pytest
-import torch  # noqa: TID253  # tests may load at once what they need
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa: TID253  # tests may load at once what they need
+import torch  # tests may load at once what they need
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # tests may load at once what they need
 
 from qdeploy.errors import InputError
 from qdeploy.samples.iterables import open_python

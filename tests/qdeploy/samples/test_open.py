@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image  # noqa: TID253  # tests may load at once what they need
+from PIL import Image  # tests may load at once what they need
 
 from qdeploy.errors import InputError
 from qdeploy.model import TensorSpec

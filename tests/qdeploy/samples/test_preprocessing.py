@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image  # noqa: TID253  # tests may load at once what they need
+from PIL import Image  # tests may load at once what they need
 
 from qdeploy.errors import InputError
 from qdeploy.samples.preprocessing import Preprocessing

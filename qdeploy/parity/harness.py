@@ -1,0 +1,96 @@
+"""The measurements of one run: every target against FP32, against its own QDQ graph, and for speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from qdeploy.backend import Runner
+from qdeploy.parity.compare import Comparison, SampleLike, compare
+from qdeploy.parity.latency import Latency, measure
+from qdeploy.parity.metrics import Metric
+from qdeploy.session import SessionRunner
+
+FLOAT = "float"
+EAGER = "eager"
+
+EAGER_SAMPLES = 32
+STRAY_SAMPLES = 8
+LATENCY_BUDGET_S = 10.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A target to be measured.
+
+    Attributes:
+        folder: Its name.
+        runner: Of the artifact, not yet entered.
+        baseline: Of FP32 on the same runtime and device, not yet entered; None to leave speed unmeasured.
+        qdq: Its own QDQ graph, or None if it is not quantized.
+    """
+
+    folder: str
+    runner: Runner
+    baseline: Runner | None
+    qdq: Path | None
+
+
+def against_float(
+    float_model: Path,
+    subjects: Sequence[Subject],
+    samples: Iterable[SampleLike],
+    metric: Metric | None,
+    on_sample: Callable[[], None],
+) -> dict[str, Comparison]:
+    """Each target against FP32 on every sample, by folder. FP32 runs once a sample, without graph rewrites."""
+    with ExitStack() as stack:
+        runners: dict[str, Runner] = {FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable"))}
+        runners |= {subject.folder: stack.enter_context(subject.runner) for subject in subjects}
+        pairs = [(FLOAT, subject.folder) for subject in subjects]
+        compared = compare(runners, pairs or [(FLOAT, FLOAT)], samples, metric, on_sample)
+        return {folder: comparison for (_, folder), comparison in compared.items()}
+
+
+def against_eager(float_model: Path, eager: Runner, samples: Iterable[SampleLike]) -> Comparison:
+    """The FP32 ONNX model against the module it was exported from, on the first samples."""
+    with eager, SessionRunner(float_model, graph_level="disable") as onnx:
+        compared = compare({EAGER: eager, FLOAT: onnx}, [(EAGER, FLOAT)], islice(samples, EAGER_SAMPLES), None)
+        return compared[EAGER, FLOAT]
+
+
+def stray_steps(subject: Subject, samples: Iterable[SampleLike]) -> float | None:
+    """How far a target is from its own QDQ graph run as written, in steps of its outputs, on the first samples."""
+    if subject.qdq is None:
+        return None
+    with SessionRunner(subject.qdq, graph_level="disable") as qdq, subject.runner as runner:
+        runners: dict[str, Runner] = {"qdq": qdq, subject.folder: runner}
+        pair = ("qdq", subject.folder)
+        return compare(runners, [pair], islice(samples, STRAY_SAMPLES), None)[pair].max_steps({})
+
+
+def latency(subject: Subject, sample: SampleLike) -> tuple[Latency, Latency] | None:
+    """Latency of a target and of its FP32 baseline on one sample, side by side; None without a baseline."""
+    if subject.baseline is None:
+        return None
+    with subject.baseline as baseline, subject.runner as runner:
+        runs: Mapping[str, Callable[[], object]] = {
+            FLOAT: lambda: baseline.run(sample.inputs),
+            subject.folder: lambda: runner.run(sample.inputs),
+        }
+        times = measure(runs, budget_s=LATENCY_BUDGET_S)
+        return times[subject.folder], times[FLOAT]
+
+
+def golden_outputs(
+    float_model: Path, subjects: Sequence[Subject], samples: Iterable[SampleLike]
+) -> Iterator[tuple[SampleLike, dict[str, dict[str, object]]]]:
+    """Each sample with what FP32 and every target gave for it, by folder; computed as they are asked for."""
+    with ExitStack() as stack:
+        runners: dict[str, Runner] = {FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable"))}
+        runners |= {subject.folder: stack.enter_context(subject.runner) for subject in subjects}
+        for sample in samples:
+            yield sample, {name: dict(runner.run(sample.inputs)) for name, runner in runners.items()}

@@ -1,0 +1,46 @@
+"""The recovery steps by name, and which of them a precision takes unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from qdeploy.errors import InputError
+from qdeploy.plan import QuantPlan
+from qdeploy.recover.bias_correction import bias_correction
+from qdeploy.registry import suggestion
+from qdeploy.statistics import Statistics
+
+RecoveryStep = Callable[[QuantPlan, Statistics], QuantPlan]
+
+STEPS: Mapping[str, RecoveryStep] = MappingProxyType({"bias-correction": bias_correction})
+
+DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("bias-correction",)})
+"""Steps so cheap and so good that one has to ask for their absence."""
+
+
+def steps_for(names: Sequence[str] | None, precision: str) -> tuple[str, ...]:
+    """The steps to take for a precision.
+
+    Args:
+        names: As asked for; ("none",) for none at all; None for the default.
+        precision: For example "int8".
+
+    Raises:
+        InputError: A name that is no step.
+    """
+    if names is None:
+        return DEFAULTS.get(precision, ())
+    if tuple(names) == ("none",):
+        return ()
+    for name in names:
+        if name not in STEPS:
+            raise InputError(f"Unknown recovery step {name!r}.", suggestion(name, ["none", *STEPS]))
+    return tuple(names)
+
+
+def recover(plan: QuantPlan, statistics: Statistics, names: Sequence[str]) -> QuantPlan:
+    """The plan after each of the named steps."""
+    for name in names:
+        plan = STEPS[name](plan, statistics)
+    return plan

@@ -1,0 +1,41 @@
+"""What a report was measured on: versions, processor and system. No names of machines, users or folders."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("qdeploy", "onnx", "onnxruntime", "onnxscript", "numpy", "torch")
+
+
+def environment() -> dict[str, str]:
+    """Versions, processor and system, by name."""
+    return {
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := package_version(name))},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def package_version(name: str) -> str:
+    """An installed package's version; empty if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """The processor's name, with the instructions that decide how fast int8 runs on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    known = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
+    return " ".join([facts.get("model name", platform.machine()), *known])
