@@ -80,10 +80,12 @@ _Pass = tuple[str, list[int], NDArray[np.int32]]
 def _run(
     samples: Iterable[Sample], idle: SimpleQueue[_Worker], workers: int, on_sample: Callable[[], None]
 ) -> Iterator[_Pass]:
-    """What each sample left, in the samples' order; only a few samples are in flight at a time."""
+    """What each sample left, in the samples' order; only a few samples are in flight at a time.
 
-    def task(sample: Sample) -> _Pass:
-        worker = idle.get()
+    A sample goes to a worker that is idle when its turn comes, so that every worker meets its samples in order.
+    """
+
+    def task(worker: _Worker, sample: Sample) -> _Pass:
         try:
             return worker.run(sample)
         finally:
@@ -93,13 +95,13 @@ def _run(
         futures: list[Future[_Pass]] = []
         running: set[Future[_Pass]] = set()
         for sample in samples:
-            futures.append(pool.submit(task, sample))
-            running.add(futures[-1])
-            while len(running) > workers:
+            if len(running) == workers:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
                     on_sample()
+            futures.append(pool.submit(task, idle.get(), sample))
+            running.add(futures[-1])
         for future in running:
             future.result()
             on_sample()
@@ -115,11 +117,16 @@ class _Worker:
         self._outputs = [output.name for output in session.get_outputs()]
         self._tallies: dict[str, Tally] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._shapes_decide = True
         self._buffers: list[NDArray[Any]] = []
 
     def run(self, sample: Sample) -> _Pass:
         inputs = input_arrays(sample.inputs)
-        tensors = inputs | dict(zip(self._outputs, self._observe(inputs), strict=True))
+        try:
+            observed = self._observe(inputs)
+        except Exception as error:  # ORT raises a different class for each of its status codes
+            raise InputError(f"The model fails on {sample.origin}: {str(error).strip()}") from error
+        tensors = inputs | dict(zip(self._outputs, observed, strict=True))
         keys = np.zeros((len(self._axes), 2), np.int32)
         for place, (name, axis) in enumerate(self._axes.items()):
             array = tensors[name]
@@ -139,16 +146,18 @@ class _Worker:
         import onnxruntime as ort
 
         shapes = {name: array.shape for name, array in inputs.items()}
-        if shapes == self._shapes:
+        if shapes == self._shapes and self._shapes_decide:
             binding = self._session.io_binding()
             for name, array in inputs.items():
                 binding.bind_cpu_input(name, array)
             for name, buffer in zip(self._outputs, self._buffers, strict=True):
                 binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+            quietly = ort.RunOptions()
+            quietly.log_severity_level = 4
             try:
-                self._session.run_with_iobinding(binding)
-            except ort.capi.onnxruntime_pybind11_state.RuntimeException:
-                self._shapes = {}  # an output's shape depends on the values, not only on the input shapes
+                self._session.run_with_iobinding(binding, quietly)
+            except Exception:  # noqa: BLE001 - of whatever class; the plain run below raises what is a fault
+                self._shapes_decide = False  # an output's shape depends on the values, too
             else:
                 return self._buffers
         self._buffers = self._session.run(None, dict(inputs))

@@ -51,7 +51,8 @@ def kernel() -> Kernel:
         from qdeploy.counting_numba import tally
     except ImportError:
         return tally_with_numpy
-    return tally
+    compiled: Kernel = tally
+    return compiled
 
 
 def tally_with_numpy(

@@ -54,6 +54,11 @@ class LoadedModel:
     examples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """A short name for reports: the module's class, or the file's stem."""
+        return type(self.module).__name__ if self.module is not None and self.program is None else self.source.name
+
 
 def load(source: ModelSource) -> LoadedModel:
     """Run the user's code, or open the file.
@@ -109,7 +114,7 @@ def export(loaded: LoadedModel, samples: Iterable[Sample], directory: Path) -> F
         output_names = tuple(eager.run(examples))
         path = directory / "exported.onnx"
         _export_to(path, loaded, examples, output_names)
-        model = questions.describe(path, source.name, source.dims)
+        model = questions.describe(path, loaded.name, source.dims)
         _check_against(eager, model, real or [Sample(examples)])
     return model
 

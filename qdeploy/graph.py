@@ -112,11 +112,20 @@ def is_real(value: ir.Value | None) -> bool:
     return value is not None and value.dtype is not None and value.dtype.is_floating_point()
 
 
+def stored_constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array that a value always holds, or the integers behind it if a DequantizeLinear delivers them."""
+    node = value.producer() if value is not None else None
+    return constant(node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else value)
+
+
 def weight_of(node: ir.Node) -> NDArray[Any] | None:
-    """The constant weight of a Conv, ConvTranspose, Gemm or MatMul, in its stored layout; None without one."""
+    """The constant weight of a Conv, ConvTranspose, Gemm or MatMul, in its stored layout; None without one.
+
+    In a quantized graph these are its integers.
+    """
     if node.op_type not in WEIGHTED or len(node.inputs) < 2 or node.domain:
         return None
-    weight = constant(node.inputs[1])
+    weight = stored_constant(node.inputs[1])
     return weight if weight is not None and weight.ndim >= 2 else None
 
 

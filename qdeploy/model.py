@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,3 +196,10 @@ def digest_of_files(paths: tuple[Path, ...]) -> str:
 def size_of_files(paths: tuple[Path, ...]) -> int:
     """Bytes that files take together."""
     return sum(path.stat().st_size for path in paths)
+
+
+def copy_model(path: Path, directory: Path) -> Path:
+    """Copy a model with its external data into a folder; the names stay, since the model refers to them."""
+    for source in model_files(path):
+        shutil.copyfile(source, directory / source.name)
+    return directory / path.name

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qdeploy import registry
-from qdeploy.backend import Artifact, Backend, Evidence, parse_options
+from qdeploy.backend import Arrays, Artifact, Backend, Runner, parse_options
 from qdeploy.bundle.write import require_free, require_free_file, writing, writing_file
 from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.export import LoadedModel, export, load
-from qdeploy.graph import load_graph
+from qdeploy.graph import describe, load_graph
 from qdeploy.model import FloatModel, QuantizedModel
+from qdeploy.outcome import Built, Job, Measured, Outcome, Samples, Unavailable, make_report, write_bundle
 from qdeploy.parity import harness
-from qdeploy.parity.compare import Comparison
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
 from qdeploy.parity.verdict import require_metric
@@ -28,90 +27,19 @@ from qdeploy.progress import Progress, Silent
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.static import quantize
 from qdeploy.reader import CalibrationReader
-from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest
+from qdeploy.recipe import CALIBRATED, Recipe
 from qdeploy.recover.steps import recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
 from qdeploy.samples.open import open_samples
 from qdeploy.samples.source import Sample, SampleSource
-from qdeploy.scheme import QuantContract
+from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
 
 if TYPE_CHECKING:
     from qdeploy.report.schema import Report
 
 SILENT = Silent()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One target of a recipe, looked up and checked.
-
-    Attributes:
-        backend: The plug-in.
-        precision: One that it takes.
-        options: Its own options value.
-        contract: The rules to quantize by.
-        steps: Recovery steps to take.
-        folder: In the bundle.
-    """
-
-    backend: Backend
-    precision: str
-    options: Any
-    contract: QuantContract
-    steps: tuple[str, ...]
-    folder: str
-
-
-@dataclass(frozen=True)
-class Unavailable:
-    """A target that cannot be built on this machine: why, and what to do."""
-
-    request: TargetRequest
-    reason: str
-
-
-@dataclass(frozen=True)
-class Built:
-    """A target that was built, and its FP32 baseline on the same runtime."""
-
-    job: Job
-    artifact: Artifact
-    baseline: Artifact
-    quantized: QuantizedModel | None
-    violations: tuple[str, ...]
-
-    def subject(self) -> harness.Subject:
-        """What the measurements need of it."""
-        runner, baseline = (self.job.backend.open(a, self.job.options) for a in (self.artifact, self.baseline))
-        return harness.Subject(self.job.folder, runner, baseline, self.quantized.path if self.quantized else None)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of a built target."""
-
-    built: Built
-    evidence: Evidence
-    comparison: Comparison
-    strayed: float | None
-    times: tuple[Latency, Latency] | None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a run, checked against the model as they stream by.
-
-    Attributes:
-        calibration: None if nothing needs to be calibrated.
-        evaluation: To measure with.
-        remark: What the reader of the report must know of the evaluation samples; may be empty.
-    """
-
-    calibration: SampleSource | None
-    evaluation: SampleSource
-    remark: str
 
 
 def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Report:
@@ -142,9 +70,11 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
         built = []
         for job in jobs:
             with progress.step(f"Building {job.folder}"):
-                built.append(build(job, model, statistics, reader, recipe.keep, scratch, bundle))
+                built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle)))
         measured = measure(model, built, samples.evaluation, metric, progress)
-        return _write(recipe, loaded, model, statistics, samples, metric, lookups, measured, scratch, bundle)
+        outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured)
+        with progress.step("Writing the bundle"):
+            return write_bundle(outcome, bundle)
 
 
 def look_up(recipe: Recipe) -> list[Job | Unavailable]:
@@ -154,7 +84,6 @@ def look_up(recipe: Recipe) -> list[Job | Unavailable]:
         InputError: No target has the name, or it does not take the precision or an option.
     """
     found: list[Job | Unavailable] = []
-    folders: set[str] = set()
     for request in recipe.targets:
         try:
             kind = registry.backends().load(request.name)
@@ -175,12 +104,10 @@ def look_up(recipe: Recipe) -> list[Job | Unavailable]:
         contract = backend.contract(precision, options)
         if recipe.granularity == "per-tensor":
             contract = contract.with_per_tensor_weights()
-        folder = request.name if request.name not in folders else f"{request.name}-{precision}"
-        if folder in folders or any(
-            isinstance(j, Job) and (j.backend.name, j.precision) == (backend.name, precision) for j in found
-        ):
+        same = [job for job in found if isinstance(job, Job) and job.backend.name == request.name]
+        if precision in (job.precision for job in same):
             raise InputError(f"The target {request.name}:{precision} is asked for twice.", "Name it once.")
-        folders.add(folder)
+        folder = f"{request.name}-{precision}" if same else request.name
         found.append(Job(backend, precision, options, contract, steps, folder))
     return found
 
@@ -210,10 +137,7 @@ def find_metric(metric: Any) -> Metric | None:
 
 def to_float_model(loaded: LoadedModel, sources: Samples, scratch: Path) -> FloatModel:
     """ModelSource → prepared FloatModel, checked against the module."""
-    exported, prepared = scratch / "exported", scratch / "prepared"
-    exported.mkdir()
-    prepared.mkdir()
-    return prepare(export(loaded, sources.evaluation, exported), prepared)
+    return prepare(export(loaded, sources.evaluation, _made(scratch / "exported")), _made(scratch / "prepared"))
 
 
 def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Statistics:
@@ -250,34 +174,35 @@ def build(
     statistics: Statistics | None,
     reader: CalibrationReader,
     keep: tuple[str, ...],
-    scratch: Path,
-    bundle: Path,
+    folders: tuple[Path, Path],
 ) -> Built:
     """Plan → recover → quantize → lower, for one target; float precisions go straight to lower."""
-    folder, float_folder, quantized_folder = (
-        bundle / job.folder,
-        scratch / f"{job.folder}-baseline",
-        scratch / f"{job.folder}-quantized",
-    )
-    for each in (folder, float_folder, quantized_folder):
-        each.mkdir()
-    baseline = job.backend.lower(model, "fp32", float_folder, job.options)
+    scratch, bundle = folders
+    folder = _made(bundle / job.folder)
+    baseline = job.backend.lower(model, "fp32", _made(scratch / f"{job.folder}-baseline"), job.options)
     if job.precision not in CALIBRATED:
         artifact = job.backend.lower(model, job.precision, folder, job.options)
         return Built(job, artifact, baseline, None, ())
     assert statistics is not None
     drafted = plan(model, statistics, job.contract, reader, keep)
-    quantized = quantize(recover(drafted, statistics, job.steps), quantized_folder)
+    quantized = quantize(recover(drafted, statistics, job.steps), _made(scratch / f"{job.folder}-quantized"))
     artifact = job.backend.lower(quantized, job.precision, folder, job.options)
     return Built(job, artifact, baseline, quantized, _violations(quantized, artifact))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _violations(quantized: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
     """How what was built departs from what was asked for."""
     broken = [f"{v.node}: {v.what}" for v in lint(load_graph(quantized.path), quantized.contract)]
-    for layer in artifact.layers:
-        if layer.node in quantized.quantized_nodes and layer.precision in ("fp32", "fp16"):
-            broken.append(f"{layer.node} ({layer.op_type}) was asked to be int8 and became {layer.precision}")
+    broken += [
+        f"{layer.node} ({layer.op_type}) was asked to be int8 and became {layer.precision}"
+        for layer in artifact.layers
+        if layer.node in quantized.quantized_nodes and layer.precision in ("fp32", "fp16")
+    ]
     return tuple(broken)
 
 
@@ -350,15 +275,83 @@ def _metric_for(metric: Metric | None, max_drop: float | None, samples: SampleSo
     return metric
 
 
-def _write(
-    recipe: Recipe,
-    loaded: LoadedModel,
-    model: FloatModel,
-    statistics: Statistics | None,
-    samples: Samples,
-    metric: Metric | None,
-    lookups: list[Job | Unavailable],
-    measured: list[Measured],
-    bundle: Path,
-) -> Report:
-    """Everything of a bundle but the artifacts, which are there already."""
+def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, list[tuple[Job, Artifact]]]:
+    """A bundle's float model and its targets, ready to be opened; digests are checked.
+
+    Args:
+        path: The bundle.
+        target: Only this folder, or this backend's; None for all.
+
+    Raises:
+        InputError: The bundle is damaged, or has no such target.
+    """
+    from qdeploy.bundle.load import open_bundle
+
+    bundle = open_bundle(path)
+    entries = [t for t in bundle.manifest.targets if target in (None, t.folder, t.target)]
+    if not entries:
+        known = [t.folder for t in bundle.manifest.targets]
+        raise InputError(f"The bundle {path} has no target {target!r}.", registry.suggestion(str(target), known))
+    opened = []
+    for entry in entries:
+        kind = registry.backends().load(entry.target)
+        backend: Backend = kind()
+        options = parse_options(kind, {key: str(value) for key, value in entry.options.items()})
+        contract = backend.contract(entry.precision, options)
+        artifact = Artifact(entry.target, entry.precision, path / entry.folder, entry.main, ())
+        opened.append((Job(backend, entry.precision, options, contract, (), entry.folder), artifact))
+    return describe(path / "float" / "model.onnx", path.name, bundle.manifest.dims), opened
+
+
+def open_target(path: Path, target: str | None = None) -> Runner:
+    """The runner of one of a bundle's targets, the first unless told otherwise."""
+    _, [(job, artifact), *_] = open_bundled(path, target)
+    return job.backend.open(artifact, job.options)
+
+
+def compare_bundle(recipe: Recipe, path: Path, target: str | None = None, progress: Progress = SILENT) -> Report:
+    """Compare a bundle's targets with its float model on other data, without timing them or writing anything."""
+    model, opened = open_bundled(path, target)
+    metric = find_metric(recipe.metric)
+    loaded = load(recipe.source)
+    samples = _checked(_open_data(recipe, loaded), model, [])
+    metric = _metric_for(metric, recipe.max_drop, samples.evaluation)
+    built = [Built(job, artifact, artifact, None, ()) for job, artifact in opened]
+    subjects = [each.subject() for each in built]
+    with progress.step("Comparing with FP32", samples.evaluation.size) as advance:
+        compared = harness.against_float(model.path, subjects, samples.evaluation, metric, advance)
+    measured = [
+        Measured(each, subject.runner.evidence, compared[subject.folder], None, None)
+        for each, subject in zip(built, subjects, strict=True)
+    ]
+    lookups: list[Job | Unavailable] = [job for job, _ in opened]
+    return make_report(Outcome(recipe, loaded, model, None, samples, metric, lookups, measured))
+
+
+def bench(path: Path, sample: Arrays | None = None, progress: Progress = SILENT) -> dict[str, Latency]:
+    """Latency on one sample: of an ONNX file, or of a bundle's float model and of each of its targets.
+
+    Args:
+        path: A file or a bundle.
+        sample: Model inputs; None for the bundle's first golden sample, or for random values.
+        progress: Told of the step.
+    """
+    if path.is_dir():
+        model, opened = open_bundled(path)
+        targets = {job.folder: job.backend.open(artifact, job.options) for job, artifact in opened}
+    else:
+        model, targets = describe(path, path.stem, {}), {}
+    with progress.step("Timing"):
+        return harness.latencies({harness.FLOAT: SessionRunner(model.path), **targets}, sample or random_inputs(model))
+
+
+def random_inputs(model: FloatModel) -> Arrays:
+    """Values for a model of which nothing else is known: dynamic dimensions at their typical size, or 1."""
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for spec in model.inputs:
+        shape = [d if isinstance(d, int) else (model.dims[d].typical if d in model.dims else 1) for d in spec.shape]
+        kind = np.dtype(spec.dtype)
+        values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
+        inputs[spec.name] = values.astype(kind)
+    return inputs

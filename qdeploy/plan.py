@@ -112,11 +112,9 @@ class _Draft:
     weights: dict[str, Affine] = field(default_factory=dict)
 
     def decide(self, node: ir.Node) -> NodePlan:
-        absorber = node.inputs[0].producer() if node.op_type in questions.ACTIVATIONS and node.inputs[0] else None
+        absorber = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         if absorber is not None and questions.fused_activation(absorber) is node:
-            integers = questions.name_of(node.outputs[0]) in self.activations
-            reason = f"Part of {absorber.name!r}: its quantized output saturates where this {node.op_type} does."
-            return NodePlan(node.op_type, integers, reason if integers else f"Part of {absorber.name!r}.")
+            return self._absorbed(node, absorber)
         rule = matching_rule(self.contract, node, frozenset(self.activations))
         reason = self._why_float(node, rule)
         if rule is None or reason:
@@ -127,6 +125,11 @@ class _Draft:
         else:
             self._quantize(node, rule)
         return NodePlan(node.op_type, quantized=True, reason=rule.reason)
+
+    def _absorbed(self, activation: ir.Node, absorber: ir.Node) -> NodePlan:
+        quantized = questions.name_of(activation.outputs[0]) in self.activations
+        saturates = f": its quantized output saturates where this {activation.op_type} does" if quantized else ""
+        return NodePlan(activation.op_type, quantized, f"Part of {absorber.name!r}{saturates}.")
 
     def _why_float(self, node: ir.Node, rule: OpRule | None) -> str:
         """Why a node stays float; empty if it does not."""

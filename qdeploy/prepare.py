@@ -140,7 +140,7 @@ def _name_nodes(graph: ir.Model) -> None:
 
 
 def _tidy(graph: ir.Model) -> None:
-    """Drop what nothing reads, and the stack traces and file paths that exporters leave, so that equal models give equal bytes."""
+    """Drop what nothing reads, and the stack traces and file paths of exporters: equal models give equal bytes."""
     import onnx_ir.passes.common as passes
 
     passes.RemoveUnusedNodesPass()(graph)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from qdeploy.backend import Runner
+from qdeploy.backend import Arrays, Runner
 from qdeploy.parity.compare import Comparison, SampleLike, compare
 from qdeploy.parity.latency import Latency, measure
 from qdeploy.parity.metrics import Metric
@@ -76,21 +77,24 @@ def latency(subject: Subject, sample: SampleLike) -> tuple[Latency, Latency] | N
     """Latency of a target and of its FP32 baseline on one sample, side by side; None without a baseline."""
     if subject.baseline is None:
         return None
-    with subject.baseline as baseline, subject.runner as runner:
-        runs: Mapping[str, Callable[[], object]] = {
-            FLOAT: lambda: baseline.run(sample.inputs),
-            subject.folder: lambda: runner.run(sample.inputs),
-        }
-        times = measure(runs, budget_s=LATENCY_BUDGET_S)
-        return times[subject.folder], times[FLOAT]
+    times = latencies({FLOAT: subject.baseline, subject.folder: subject.runner}, sample.inputs)
+    return times[subject.folder], times[FLOAT]
+
+
+def latencies(runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Latency]:
+    """Latency of each runner on the same inputs, side by side."""
+    with ExitStack() as stack:
+        entered = {name: stack.enter_context(runner) for name, runner in runners.items()}
+        runs = {name: partial(runner.run, inputs) for name, runner in entered.items()}
+        return measure(runs, budget_s=LATENCY_BUDGET_S)
 
 
 def golden_outputs(
     float_model: Path, subjects: Sequence[Subject], samples: Iterable[SampleLike]
-) -> Iterator[tuple[SampleLike, dict[str, dict[str, object]]]]:
+) -> Iterator[tuple[SampleLike, dict[str, Arrays]]]:
     """Each sample with what FP32 and every target gave for it, by folder; computed as they are asked for."""
     with ExitStack() as stack:
         runners: dict[str, Runner] = {FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable"))}
         runners |= {subject.folder: stack.enter_context(subject.runner) for subject in subjects}
         for sample in samples:
-            yield sample, {name: dict(runner.run(sample.inputs)) for name, runner in runners.items()}
+            yield sample, {name: runner.run(sample.inputs) for name, runner in runners.items()}

@@ -57,7 +57,7 @@ def _not_finite(fields: Mapping[str, Any]) -> dict[str, float]:
 class Document(Value):
     """A whole JSON file, with the number of its schema first."""
 
-    schema_number: Literal[1] = Field(1, alias="schema")
+    schema_number: Literal[1] = Field(default=1, alias="schema")
 
     def text(self) -> str:
         """The file's content: the same bytes for equal values."""
@@ -266,6 +266,12 @@ class Report(Document):
     targets: tuple[Target, ...]
     environment: Mapping[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """For the command line: 3 if a target could not be built here, else 1 if one failed, else 0."""
+        states = {target.status for target in self.targets}
+        return 3 if "unavailable" in states else int("fail" in states)
 
 
 class Layers(Document):

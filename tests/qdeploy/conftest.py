@@ -77,13 +77,14 @@ def normal_form(folder):
 
 @pytest.fixture
 def run_onnx():
-    """Runs a model's file on ONNX Runtime, unoptimized: outputs by name."""
+    """Runs a model's file on ONNX Runtime, unoptimized unless asked for: outputs by name."""
 
-    def run(path, inputs):
+    def run(path, inputs, *, optimized=False):
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]

@@ -1,0 +1,256 @@
+"""What a run found out, and how it is written down: golden samples, layers, report, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.backend import Artifact, Backend, Evidence
+from qdeploy.bundle.golden import GoldenSample, write_golden
+from qdeploy.export import EagerRunner, LoadedModel
+from qdeploy.model import FloatModel, QuantizedModel, copy_model, model_files, size_of_files
+from qdeploy.parity import harness
+from qdeploy.parity.compare import Comparison
+from qdeploy.parity.latency import Latency
+from qdeploy.parity.metrics import Metric
+from qdeploy.parity.verdict import budget_warning, judge
+from qdeploy.recipe import Recipe, TargetRequest
+from qdeploy.report.environment import environment, package_version
+from qdeploy.samples.source import SampleSource
+from qdeploy.scheme import QuantContract
+from qdeploy.session import SessionRunner
+from qdeploy.statistics import Statistics
+
+if TYPE_CHECKING:
+    from qdeploy.bundle.manifest import Manifest
+    from qdeploy.report.schema import Reference, Report, Target
+
+
+@dataclass(frozen=True)
+class Job:
+    """One target of a recipe, looked up and checked.
+
+    Attributes:
+        backend: The plug-in.
+        precision: One that it takes.
+        options: Its own options value.
+        contract: The rules to quantize by.
+        steps: Recovery steps to take.
+        folder: In the bundle.
+    """
+
+    backend: Backend
+    precision: str
+    options: Any
+    contract: QuantContract
+    steps: tuple[str, ...]
+    folder: str
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A target that cannot be built on this machine: why, and what to do."""
+
+    request: TargetRequest
+    reason: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """A target that was built, and its FP32 baseline on the same runtime."""
+
+    job: Job
+    artifact: Artifact
+    baseline: Artifact
+    quantized: QuantizedModel | None
+    violations: tuple[str, ...]
+
+    def subject(self) -> harness.Subject:
+        """What the measurements need of it."""
+        runner, baseline = (self.job.backend.open(a, self.job.options) for a in (self.artifact, self.baseline))
+        return harness.Subject(self.job.folder, runner, baseline, self.quantized.path if self.quantized else None)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a built target."""
+
+    built: Built
+    evidence: Evidence
+    comparison: Comparison
+    strayed: float | None
+    times: tuple[Latency, Latency] | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a run, checked against the model as they stream by.
+
+    Attributes:
+        calibration: None if nothing needs to be calibrated.
+        evaluation: To measure with.
+        remark: What the reader of the report must know of the evaluation samples; may be empty.
+    """
+
+    calibration: SampleSource | None
+    evaluation: SampleSource
+    remark: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that one run did and measured."""
+
+    recipe: Recipe
+    loaded: LoadedModel
+    model: FloatModel
+    statistics: Statistics | None
+    samples: Samples
+    metric: Metric | None
+    lookups: list[Job | Unavailable]
+    measured: list[Measured]
+
+
+def write_bundle(outcome: Outcome, bundle: Path) -> Report:
+    """Write everything of a bundle but the artifacts, which are there already, and seal it."""
+    from qdeploy.bundle.manifest import seal
+    from qdeploy.report.page import render
+    from qdeploy.report.schema import Layers
+
+    float_folder = bundle / "float"
+    float_folder.mkdir()
+    copy_model(outcome.model.path, float_folder)
+    if outcome.statistics is not None:
+        (bundle / "calibration").mkdir()
+        outcome.statistics.save(bundle / "calibration" / "statistics.npz")
+    write_golden(bundle, _golden_samples(outcome))
+    report = make_report(outcome)
+    layers = {each.built.job.folder: each.built.artifact.layers for each in outcome.measured}
+    for folder, each in layers.items():
+        (bundle / folder / "layers.json").write_text(Layers(layers=each).text(), "utf-8")
+    (bundle / "report.json").write_text(report.text(), "utf-8")
+    (bundle / "report.html").write_text(render(report, layers), "utf-8")
+    seal(bundle, _manifest(outcome))
+    return report
+
+
+def _golden_samples(outcome: Outcome) -> Iterator[GoldenSample]:
+    subjects = [each.built.subject() for each in outcome.measured]
+    for sample, outputs in harness.golden_outputs(outcome.model.path, subjects, outcome.samples.evaluation):
+        yield GoldenSample(sample.inputs, outputs)
+
+
+def make_report(outcome: Outcome) -> Report:
+    """The report of a run."""
+    from qdeploy.report import schema
+
+    model = outcome.model
+    notes = (*outcome.loaded.notes, *(outcome.statistics.notes if outcome.statistics else ()))
+    rows = iter([_row(outcome, each) for each in outcome.measured])
+    return schema.Report(
+        qdeploy=package_version("qdeploy"),
+        model=schema.Model(name=model.name, digest=model.digest, parameters=model.parameters),
+        reference=_reference(outcome),
+        targets=tuple(next(rows) if isinstance(each, Job) else _missing_row(each) for each in outcome.lookups),
+        environment=environment(),
+        notes=notes,
+    )
+
+
+def _missing_row(missing: Unavailable) -> Target:
+    from qdeploy.report import schema
+
+    precision = missing.request.precision or "default"
+    name = missing.request.name
+    return schema.Target(target=name, precision=precision, status="unavailable", reason=missing.reason)
+
+
+def _reference(outcome: Outcome) -> Reference:
+    from qdeploy.report import rows, schema
+
+    model, metric = outcome.model, None
+    comparison = outcome.measured[0].comparison if outcome.measured else None
+    if outcome.metric is not None and comparison is not None and comparison.reference_metric is not None:
+        value = round(comparison.reference_metric, rows.DECIMALS)
+        metric = schema.Metric(name=outcome.metric.name, value=value, samples=comparison.samples)
+    eager = None
+    if outcome.loaded.module is not None:
+        runner = EagerRunner(outcome.loaded)
+        eager = rows.eager_row(harness.against_eager(model.path, runner, outcome.samples.evaluation))
+    inputs = next(iter(outcome.samples.evaluation)).inputs
+    latency = harness.latencies({harness.FLOAT: SessionRunner(model.path)}, inputs)[harness.FLOAT]
+    return schema.Reference(
+        size_bytes=size_of_files(model_files(model.path)),
+        metric=metric,
+        latency_ms=rows.latency_row(latency, 0, _batch(outcome)),
+        eager=eager,
+    )
+
+
+def _batch(outcome: Outcome) -> int:
+    first = next(iter(next(iter(outcome.samples.evaluation)).inputs.values()))
+    return int(first.shape[0]) if first.ndim else 1
+
+
+def _row(outcome: Outcome, measured: Measured) -> Target:
+    from qdeploy.report import rows, schema
+
+    built, job = measured.built, measured.built.job
+    verdict = judge(
+        measured.comparison,
+        max_drop=outcome.recipe.max_drop,
+        violations=built.violations,
+        strayed_lsb=measured.strayed,
+        tolerance_lsb=job.backend.tolerance_lsb,
+    )
+    size = rows.artifact_bytes(built.artifact)
+    calibrated = outcome.statistics is not None and built.quantized is not None
+    budget = outcome.recipe.max_drop
+    warning = budget_warning(budget, measured.comparison.samples) if budget is not None else None
+    return schema.Target(
+        target=job.backend.name,
+        precision=job.precision,
+        folder=job.folder,
+        artifact=f"{job.folder}/{built.artifact.main}",
+        size_bytes=size,
+        compression=round(size_of_files(model_files(outcome.model.path)) / size, 4),
+        reader=outcome.recipe.reader if calibrated else None,
+        samples=outcome.statistics.samples if calibrated and outcome.statistics else None,
+        quantized_ops=rows.quantized_ops(built.artifact),
+        steps=tuple(schema.Step(name=name) for name in (job.steps if calibrated else ())),
+        options=rows.plain(job.options),
+        warnings=(warning,) if warning else (),
+        **rows.verdict_fields(verdict, measured.evidence, [outcome.samples.remark] if outcome.samples.remark else []),
+        **rows.accuracy_fields(measured.comparison),
+        **rows.speed_fields(measured.times, getattr(job.options, "threads", None), _batch(outcome)),
+    )
+
+
+def _manifest(outcome: Outcome) -> Manifest:
+    from qdeploy.bundle.manifest import BundledTarget, Manifest, readable_contract
+    from qdeploy.report import rows
+
+    preprocessing = outcome.samples.evaluation.preprocessing
+    return Manifest(
+        qdeploy=package_version("qdeploy"),
+        recipe=outcome.recipe.as_json(),
+        source=outcome.model.digest,
+        inputs=outcome.model.inputs,
+        outputs=outcome.model.outputs,
+        dims=outcome.model.dims,
+        preprocessing=preprocessing.to_json() if preprocessing else None,
+        targets=tuple(
+            BundledTarget(
+                target=each.built.job.backend.name,
+                precision=each.built.job.precision,
+                folder=each.built.job.folder,
+                main=each.built.artifact.main,
+                contract=readable_contract(each.built.job.contract),
+                options=rows.plain(each.built.job.options),
+            )
+            for each in outcome.measured
+        ),
+        environment=environment(),
+    )
