@@ -138,8 +138,9 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
 
 def _golden_samples(outcome: Outcome) -> Iterator[GoldenSample]:
     subjects = [each.built.subject() for each in outcome.measured]
-    for sample, outputs in harness.golden_outputs(outcome.model.path, subjects, outcome.samples.evaluation):
-        yield GoldenSample(sample.inputs, outputs)
+    with harness.side_by_side(outcome.model.path, subjects) as run_all:
+        for sample in outcome.samples.evaluation:
+            yield GoldenSample(sample.inputs, run_all(sample.inputs), sample.raw)
 
 
 def make_report(outcome: Outcome) -> Report:

@@ -176,10 +176,10 @@ class _Draft:
             value = node.inputs[index] if index < len(node.inputs) else None
             array = questions.constant(value)
             if scheme is not None and value is not None and array is not None and questions.is_real(value):
-                affine = affine_from_tensor(
-                    array, scheme.integer, symmetric=scheme.symmetric, axis=_axis(scheme, array)
-                )
-                self.weights[questions.name_of(value)] = self._with_room_for_bias(node, affine)
+                name, axis = questions.name_of(value), _axis(scheme, array)
+                own = affine_from_tensor(array, scheme.integer, symmetric=scheme.symmetric, axis=axis)
+                # A weight that several nodes read must leave room for the bias of each.
+                self.weights[name] = self._with_room_for_bias(node, self.weights.get(name, own))
 
     def _activate(self, value: ir.Value, scheme: Scheme) -> None:
         name = questions.name_of(value)

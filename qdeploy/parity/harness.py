@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -89,12 +89,10 @@ def latencies(runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Latenc
         return measure(runs, budget_s=LATENCY_BUDGET_S)
 
 
-def golden_outputs(
-    float_model: Path, subjects: Sequence[Subject], samples: Iterable[SampleLike]
-) -> Iterator[tuple[SampleLike, dict[str, Arrays]]]:
-    """Each sample with what FP32 and every target gave for it, by folder; computed as they are asked for."""
+@contextmanager
+def side_by_side(float_model: Path, subjects: Sequence[Subject]) -> Iterator[Callable[[Arrays], dict[str, Arrays]]]:
+    """A function from model inputs to what FP32 and every target give for them, by folder."""
     with ExitStack() as stack:
         runners: dict[str, Runner] = {FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable"))}
         runners |= {subject.folder: stack.enter_context(subject.runner) for subject in subjects}
-        for sample in samples:
-            yield sample, {name: runner.run(sample.inputs) for name, runner in runners.items()}
+        yield lambda inputs: {name: runner.run(inputs) for name, runner in runners.items()}

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,8 @@ def open_images(
     )
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """The model input for an image file.
+def read_image(path: Path, preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """An image file's bytes, and the model input they become.
 
     Raises:
         InputError: The file cannot be decoded, or does not suit the preprocessing.
@@ -65,8 +66,9 @@ def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return preprocessing.apply(image)
+        content = path.read_bytes()
+        with Image.open(BytesIO(content)) as image:
+            return np.frombuffer(content, np.uint8), preprocessing.apply(image)
     except InputError as error:
         raise InputError(f"The image {path} does not fit. {error.what}", error.cure) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -112,6 +114,7 @@ def _stream(
     folder: Path, files: Sequence[Path], labels: Mapping[str, int], input_name: str, preprocessing: Preprocessing
 ) -> Iterator[Sample]:
     for position, file in enumerate(files):
-        array = read_image(folder / file, preprocessing)
+        content, array = read_image(folder / file, preprocessing)
         label = np.array([labels[file.parts[0]]]) if labels else None
-        yield Sample({input_name: array}, label, f"sample {position} ({folder.name}/{file.as_posix()})")
+        origin = f"sample {position} ({folder.name}/{file.as_posix()})"
+        yield Sample({input_name: array}, label, origin, {input_name: content})

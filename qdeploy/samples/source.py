@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,11 +19,13 @@ class Sample:
         inputs: Whole model inputs by name, batch included.
         labels: One entry for each item of the batch, or None.
         origin: Where it came from, as messages say it: "sample 3 (photos/cat/1.jpg)".
+        raw: What preprocessing made the inputs from, by input name: an image file's bytes as uint8; else empty.
     """
 
     inputs: Mapping[str, NDArray[Any]]
     labels: NDArray[Any] | None = None
     origin: str = "a sample"
+    raw: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,292 @@
+import importlib.util
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from qdeploy.backends.ort_cpu import INT8_RULES, Options, OrtCpu
+from qdeploy.errors import InputError, InternalError
+from tests.contracts.backend_contract import (
+    NET,
+    BackendContract,
+    float_model,
+    outputs_of,
+    quantized_model,
+    samples_for,
+)
+
+
+class TestOrtCpu(BackendContract):
+    def backend(self):
+        return OrtCpu()
+
+
+class TestOrtCpuOnOneThread(BackendContract):
+    def backend(self):
+        return OrtCpu()
+
+    def options(self):
+        return Options(threads=1, graph_level="extended")
+
+
+def layers_of(text, folder, options=Options(), *, keep=()):  # noqa: B008 - the defaults are a frozen value
+    """Quantizes and lowers a network: its layers by node, and the names of the nodes that were to be quantized."""
+    backend = OrtCpu()
+    quantized = quantized_model(float_model(text, folder), backend.contract("int8", options), folder, keep)
+    (folder / "artifact").mkdir()
+    artifact = backend.lower(quantized, "int8", folder / "artifact", options)
+    return {layer.node: layer for layer in artifact.layers}, quantized.quantized_nodes
+
+
+def between(node, weights=""):
+    """A network that computes z from the quantized c (and the quantized d) and hands it to a convolution."""
+    return f"""net (float[1,4,8,8] x) => (float y, float out)
+    <float[4,4,1,1] wc, float[4,4,1,1] wd, float[4,4,1,1] wy{weights}> {{
+        [c] c = Conv (x, wc)
+        [d] d = Conv (x, wd)
+        {node}
+        [y] y = Conv (z, wy)
+        [read_d] out = Conv (d, wd)
+    }}"""
+
+
+def alone(nodes, weights, shape, more_inputs=""):
+    """A network that computes y from x in a few nodes."""
+    return f"net (float[{shape}] x{more_inputs}) => (float y) {f'<{weights}>' if weights else ''} {{ {nodes} }}"
+
+
+GEMM_BEHIND = "\n[last] y = Gemm (z, wl)"
+QUANTIZED = {
+    "Conv": alone("[n] y = Conv (x, w, b)", "float[4,3,3,3] w, float[4] b", "1,3,8,8"),
+    "Conv grouped": alone("[n] y = Conv <group=2> (x, w)", "float[4,2,3,3] w", "1,4,8,8"),
+    "Conv depthwise": alone("[n] y = Conv <group=4> (x, w)", "float[4,1,3,3] w", "1,4,8,8"),
+    "Conv dilated, strided": alone(
+        "[n] y = Conv <dilations=[2,2], strides=[2,2]> (x, w)", "float[4,3,3,3] w", "1,3,9,9"
+    ),
+    "Conv 1-D": alone("[n] y = Conv (x, w)", "float[4,3,3] w", "1,3,8"),
+    "Conv 3-D": alone("[n] y = Conv (x, w)", "float[4,3,3,3,3] w", "1,3,5,5,5"),
+    "Conv, dynamic batch": alone("[n] y = Conv (x, w)", "float[4,3,3,3] w", "N,3,8,8"),
+    "Gemm": alone("[n] y = Gemm (x, w, b)", "float[4,5] w, float[5] b", "2,4"),
+    "Gemm transB": alone("[n] y = Gemm <transB=1> (x, w, b)", "float[5,4] w, float[5] b", "2,4"),
+    "Gemm transA": alone("[n] y = Gemm <transA=1> (x, w, b)", "float[4,5] w, float[5] b", "4,2"),
+    "Gemm without C": alone("[n] y = Gemm (x, w)", "float[4,5] w", "2,4"),
+    "Gemm with C [1, n]": alone("[n] y = Gemm (x, w, b)", "float[4,5] w, float[1,5] b", "2,4"),
+    "Gemm inside": alone(f"[n] z = Gemm (x, w, b){GEMM_BEHIND}", "float[4,5] w, float[5] b, float[5,3] wl", "2,4"),
+    "Gemm transB inside": alone(
+        f"[n] z = Gemm <transB=1> (x, w, b){GEMM_BEHIND}", "float[5,4] w, float[5] b, float[5,3] wl", "2,4"
+    ),
+    "MatMul": alone("[n] y = MatMul (x, w)", "float[4,5] w", "2,4"),
+    "MatMul of rank 3": alone("[n] y = MatMul (x, w)", "float[4,5] w", "2,3,4"),
+    "MatMul by a batch of weights": alone("[n] y = MatMul (x, w)", "float[2,4,5] w", "2,3,4"),
+    "MatMul and Add, dynamic": alone("[n] m = MatMul (x, w)\n[a] y = Add (m, b)", "float[4,5] w, float[5] b", "N,S,4"),
+    "Add": between("[n] z = Add (c, d)"),
+    "Add a constant": between("[n] z = Add (c, k)", ", float[1,4,1,1] k"),
+    "Add and Relu": between("[n] a = Add (c, d)\n[r] z = Relu (a)"),
+    "Mul": between("[n] z = Mul (c, d)"),
+    "Mul by a constant": between("[n] z = Mul (c, k)", ", float[1,4,1,1] k"),
+    "Mul by a gate": between("[g] g = GlobalAveragePool (d)\n[s] s = Sigmoid (g)\n[n] z = Mul (c, s)"),
+    "Concat": between("[n] z = Concat <axis=2> (c, d)"),
+    "GlobalAveragePool": between("[n] z = GlobalAveragePool (c)"),
+    "AveragePool": between("[n] z = AveragePool <kernel_shape=[2,2], strides=[2,2]> (c)"),
+    "AveragePool padded": between("[n] z = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (c)"),
+    "LeakyRelu": between("[n] z = LeakyRelu (c)"),
+    "Sigmoid": between("[n] z = Sigmoid (c)"),
+    "MaxPool": between("[n] z = MaxPool <kernel_shape=[2,2], strides=[2,2]> (c)"),
+    "Reshape": between("s = Constant <value_ints=[1,4,16,4]> ()\n[n] z = Reshape (c, s)"),
+    "Flatten": alone("[c] c = Conv (x, w)\n[n] y = Flatten (c)", "float[4,3,1,1] w", "N,3,H,W"),
+    "Squeeze": between("a = Constant <value_ints=[0]> ()\n[n] e = Squeeze (c, a)\n[u] z = Unsqueeze (e, a)"),
+    "Unsqueeze": between("a = Constant <value_ints=[0]> ()\n[s] e = Squeeze (c, a)\n[n] z = Unsqueeze (e, a)"),
+    "Transpose": alone(
+        f"[g] g = Gemm (x, w)\n[n] z = Transpose (g){GEMM_BEHIND}", "float[4,5] w, float[2,3] wl", "2,4"
+    ),
+}
+"""A network for each rule that quantizes, and for each form of the operator that may take another way through ORT."""
+
+FLOAT = {
+    "ConvTranspose": alone("[n] y = ConvTranspose (x, w)", "float[3,4,3,3] w", "1,3,8,8"),
+    "MatMul": alone("[n] y = MatMul (x, x2)", "", "2,3,4", ", float[2,4,5] x2"),
+    "ReduceMean": between("a = Constant <value_ints=[3]> ()\n[n] z = ReduceMean (c, a)"),
+    "Resize": between('s = Constant <value_floats=[1.0,1.0,2.0,2.0]> ()\n[n] z = Resize <mode="linear"> (c, , s)'),
+    "LayerNormalization": between("[n] z = LayerNormalization <axis=3> (c, g)", ", float[8] g"),
+    "Softmax": alone("[c] c = Conv (x, w)\n[n] y = Softmax (c)", "float[4,3,1,1] w", "1,3,8,8"),
+}
+
+FALLS_BACK = {
+    "Gemm with a computed C": alone("[n] y = Gemm (x, w, c)", "float[4,5] w", "2,4", ", float[2,5] c"),
+    "Gemm with alpha": alone("[n] y = Gemm <alpha=0.5> (x, w, b)", "float[4,5] w, float[5] b", "2,4"),
+    "Conv with a computed bias": alone("[n] y = Conv (x, w, b)", "float[4,3,1,1] w", "1,3,8,8", ", float[4] b"),
+    "MatMul and Add of rank 2": alone("[n] m = MatMul (x, w)\n[a] y = Add (m, b)", "float[4,5] w, float[5] b", "2,4"),
+    "MatMul and Add, static": alone("[n] m = MatMul (x, w)\n[a] y = Add (m, b)", "float[4,5] w, float[5] b", "2,3,4"),
+}
+"""What the rules quantize, and ORT computes in float all the same."""
+
+
+@pytest.mark.parametrize("text", QUANTIZED.values(), ids=QUANTIZED)
+def test_what_a_rule_quantizes_runs_in_integers(text, tmp_path):
+    layers, quantized = layers_of(text, tmp_path)
+
+    assert "n" in quantized
+    assert {name: layers[name].precision for name in quantized} == dict.fromkeys(quantized, "int8")
+
+
+@pytest.mark.parametrize("text", FLOAT.values(), ids=FLOAT)
+def test_what_no_rule_quantizes_runs_in_float(text, tmp_path):
+    layers, quantized = layers_of(text, tmp_path)
+
+    assert "n" not in quantized
+    assert layers["n"].precision == "fp32"
+
+
+@pytest.mark.parametrize("text", FALLS_BACK.values(), ids=FALLS_BACK)
+def test_what_onnx_runtime_computes_in_float_is_not_called_int8(text, tmp_path):
+    layers, quantized = layers_of(text, tmp_path)
+
+    assert "n" in quantized
+    assert layers["n"].precision == "fp32"
+    assert layers["n"].weights == "fp32"
+
+
+def test_every_rule_has_been_tried():
+    assert {rule.op_type for rule in INT8_RULES if rule.quantizes} == {name.split()[0].strip(",") for name in QUANTIZED}
+    assert {rule.op_type for rule in INT8_RULES if not rule.quantizes} == set(FLOAT)
+
+
+@pytest.mark.parametrize("level", ["disable", "basic"])
+def test_nothing_runs_in_integers_before_onnx_runtime_fuses(level, tmp_path):
+    layers, quantized = layers_of(NET, tmp_path, Options(graph_level=level))
+
+    assert {layers[name].precision for name in quantized - {"flat"}} == {"fp32"}
+
+
+def test_types_of_a_quantized_network(tmp_path):
+    layers, _ = layers_of(NET, tmp_path)
+
+    conv, summed, classifier = layers["conv"], layers["sum"], layers["classifier"]
+    assert (conv.inputs, conv.weights, conv.outputs) == (("uint8",), "int8", ("uint8",))
+    assert (summed.inputs, summed.weights, summed.outputs) == (("uint8", "uint8"), None, ("uint8",))
+    assert (classifier.inputs, classifier.weights, classifier.outputs) == (("uint8",), "int8", ("fp32",))
+    assert Counter(layer.precision for layer in layers.values()) == {"int8": 8}
+
+
+def test_an_absorbed_activation_runs_in_its_producers_layer(tmp_path):
+    layers, _ = layers_of(NET, tmp_path)
+
+    assert layers["relu"].layer == layers["conv"].layer
+    assert layers["relu"].fused_with == ("conv",)
+    assert layers["conv"].fused_with == ("relu",)
+
+
+def test_a_kept_node_runs_in_float(tmp_path):
+    layers, quantized = layers_of(NET, tmp_path, keep=["depthwise"])
+
+    assert "depthwise" not in quantized
+    assert (layers["depthwise"].precision, layers["depthwise"].weights) == ("fp32", "fp32")
+
+
+def test_a_transposition_merged_into_another_is_unknown(tmp_path):
+    layers, quantized = layers_of(between("[n] z = Transpose <perm=[0,1,3,2]> (c)"), tmp_path)
+
+    assert "n" in quantized
+    assert layers["n"].precision == "unknown"
+
+
+def test_only_the_sum_next_to_a_product_is_fused_with_it(tmp_path):
+    text = alone(
+        "[n] m = MatMul (x, w) [a] b1 = Add (m, b) [residual] y = Add (b1, r)",
+        "float[4,5] w, float[5] b",
+        "2,3,4",
+        ", float[2,3,5] r",
+    )
+
+    layers, _ = layers_of(text, tmp_path)
+
+    assert layers["n"].fused_with == ("a",)
+    assert layers["residual"].layer == "residual"
+
+
+def test_layers_of_a_float_model(tmp_path):
+    """Wide enough for ORT's blocked layout, which runs activations and residual sums inside convolutions."""
+    text = """net (float[1,16,8,8] x) => (float y) <float[16,16,3,3] w1, float[16,16,1,1] w2> {
+        [c1] a = Conv <pads=[1,1,1,1]> (x, w1)
+        [r1] b = Relu (a)
+        [c2] c = Conv (b, w2)
+        [add] d = Add (c, b)
+        [r2] y = Relu (d)
+    }"""
+    model = float_model(text, tmp_path)
+    (tmp_path / "artifact").mkdir()
+
+    layers = {x.node: x for x in OrtCpu().lower(model, "fp32", tmp_path / "artifact", Options()).layers}
+
+    assert {layer.precision for layer in layers.values()} == {"fp32"}
+    assert layers["r1"].layer == layers["c1"].layer
+    assert layers["add"].layer == layers["r2"].layer == layers["c2"].layer != layers["c1"].layer
+
+
+def test_shape_computations_are_no_layers(tmp_path):
+    text = """net (float[N,4,8,8] x) => (float y) <float[4,4,1,1] w> {
+        [c] c = Conv (x, w)
+        [shape] s = Shape <start=0, end=1> (c)
+        m = Constant <value_ints=[-1]> ()
+        [sizes] t = Concat <axis=0> (s, m)
+        [n] y = Reshape (c, t)
+    }"""
+
+    layers, _ = layers_of(text, tmp_path)
+
+    assert set(layers) == {"c", "n"}
+    assert layers["n"].inputs == ("uint8", "int64")
+
+
+def test_an_artifact_is_the_model_and_nothing_else(tmp_path):
+    model = float_model(NET, tmp_path)
+    (tmp_path / "artifact").mkdir()
+
+    artifact = OrtCpu().lower(model, "fp32", tmp_path / "artifact", Options())
+
+    assert [path.name for path in artifact.directory.iterdir()] == ["model.onnx"]
+    assert artifact.path.read_bytes() == model.path.read_bytes()
+
+
+def test_int8_outputs_are_near_the_float_models(tmp_path):
+    model = float_model(NET, tmp_path)
+    quantized = quantized_model(model, OrtCpu().contract("int8", Options()), tmp_path)
+    inputs = samples_for(model, number=1)[0].inputs
+
+    expected, found = outputs_of(model.path, inputs), outputs_of(quantized.path, inputs, "all")
+
+    for name, array in expected.items():
+        assert np.abs(found[name] - array).max() < 0.05 * np.abs(array).max()
+
+
+def test_missing_onnxruntime_is_explained(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", {}.get)
+
+    found = OrtCpu().availability()
+
+    assert (found.ok, found.reason, found.cure) == (
+        False,
+        "onnxruntime is not installed",
+        "pip install 'qdeploy[cpu]'",
+    )
+
+
+def test_a_wrong_input_is_told_with_what_the_model_takes(tmp_path):
+    model = float_model(NET, tmp_path)
+    (tmp_path / "artifact").mkdir()
+    artifact = OrtCpu().lower(model, "fp32", tmp_path / "artifact", Options())
+
+    with OrtCpu().open(artifact, Options()) as runner, pytest.raises(InputError) as caught:
+        runner.run({"image": np.zeros((2, 3, 8, 8))})
+
+    assert str(caught.value).startswith("ONNX Runtime cannot run model.onnx on image=float64[2, 3, 8, 8]: ")
+    assert str(caught.value).endswith("The model takes image=tensor(float)[2, 3, 8, 8].")
+
+
+def test_a_runner_outside_with_says_so(tmp_path):
+    model = float_model(NET, tmp_path)
+    (tmp_path / "artifact").mkdir()
+    artifact = OrtCpu().lower(model, "fp32", tmp_path / "artifact", Options())
+
+    with pytest.raises(InternalError, match="a runner is used inside `with` only"):
+        OrtCpu().open(artifact, Options()).run({})
