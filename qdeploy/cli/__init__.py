@@ -1,1 +1,63 @@
-"""The command line: one file a command."""
+"""The command line: one file a command.
+
+Exit codes: 0 all is well, 1 a target failed or breaks its contract, 2 the user's input is wrong, 3 a target cannot be
+built here, 70 a bug of ours, 130 interrupted, 141 nobody reads standard output any more, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from qdeploy.errors import InternalError, QdeployError
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: like an interrupt, so that nothing half-written stays behind."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `qdeploy` and tell what went wrong on standard error.
+
+    Args:
+        arguments: Without the program's name; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        # Imported here, so that an interrupt in this tenth of a second is one like any other.
+        from qdeploy.cli.app import run
+
+        code = run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except QdeployError as error:
+        tell(error.what, error.cure)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        tell("terminated" if terminated else "interrupted")
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
+        return 141
+    except Exception:  # noqa: BLE001 - whatever else comes up is a bug, and is shown whole
+        import traceback
+
+        traceback.print_exc()
+        tell("this is a bug in qdeploy", "Please report it, with the lines above and the command.")
+        return InternalError.exit_code
+    return code
+
+
+def tell(what: str, cure: str = "") -> None:
+    """Print an error and its cure, one line each, on standard error."""
+    lines = [f"error: {what}", *([cure] if cure else [])]
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated

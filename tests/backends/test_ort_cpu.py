@@ -93,7 +93,7 @@ QUANTIZED = {
     "Sigmoid": between("[n] z = Sigmoid (c)"),
     "MaxPool": between("[n] z = MaxPool <kernel_shape=[2,2], strides=[2,2]> (c)"),
     "Reshape": between("s = Constant <value_ints=[1,4,16,4]> ()\n[n] z = Reshape (c, s)"),
-    "Flatten": alone("[c] c = Conv (x, w)\n[n] y = Flatten (c)", "float[4,3,1,1] w", "N,3,H,W"),
+    "Flatten": alone("[c] c = Conv (x, w)\n[n] y = Flatten <axis=2> (c)", "float[4,3,1,1] w", "N,3,H,W"),
     "Squeeze": between("a = Constant <value_ints=[0]> ()\n[n] e = Squeeze (c, a)\n[u] z = Unsqueeze (e, a)"),
     "Unsqueeze": between("a = Constant <value_ints=[0]> ()\n[s] e = Squeeze (c, a)\n[n] z = Unsqueeze (e, a)"),
     "Transpose": alone(

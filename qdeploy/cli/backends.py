@@ -1,0 +1,88 @@
+"""`qdeploy backends`: the targets that are installed, what they take, and their rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qdeploy.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from qdeploy.backend import Backend
+    from qdeploy.scheme import OpRule, QuantContract, Scheme
+
+
+def backends(
+    ops: Annotated[
+        str | None, typer.Option(metavar="NAME\\[:PRECISION]", help="Show a target's rules, operator by operator.")
+    ] = None,
+) -> int:
+    """List the targets: whether they can be built here, their precisions and their options."""
+    lines = _targets() if ops is None else _rules(ops)
+    typer.echo("\n".join(lines))
+    return 0
+
+
+def _targets() -> Iterator[str]:
+    from qdeploy.registry import backends as registered
+
+    for name in registered().names():
+        try:
+            backend: Backend = registered().load(name)()
+        except UnavailableError as error:
+            yield f"{name}  missing: {error.what}"
+            yield f"  to get it   {error.cure}"
+            continue
+        yield from _target(backend)
+
+
+def _target(backend: Backend) -> Iterator[str]:
+    availability = backend.availability()
+    first, *others = backend.precisions
+    defaults = backend.options_type()
+    options = (f"{field.name}={getattr(defaults, field.name)}" for field in fields(backend.options_type))
+    yield f"{backend.name}  {'available' if availability.ok else f'missing: {availability.reason}'}"
+    if not availability.ok:
+        yield f"  to get it   {availability.cure}"
+    yield f"  runs on     {backend.summary}"
+    yield f"  precisions  {', '.join([f'{first} (default)', *others])}"
+    yield f"  options     {', '.join(options) or 'none'}"
+
+
+def _rules(target: str) -> Iterator[str]:
+    from qdeploy.api import contract_of
+
+    contract = contract_of(target)
+    yield from _head(contract)
+    for rule in contract.rules:
+        yield ""
+        yield from _rule(rule)
+
+
+def _head(contract: QuantContract) -> Iterator[str]:
+    lowest, highest = contract.opsets
+    placement = {"inputs": "before", "inputs-and-outputs": "before and after"}[contract.placement]
+    yield f"{contract.target}:{contract.precision}  opset {lowest} to {highest}, {contract.bias} biases"
+    yield f"QDQ pairs stand {placement} quantized operators. The first rule that matches an operator wins;"
+    yield "an operator that none matches stays float."
+
+
+def _rule(rule: OpRule) -> Iterator[str]:
+    yield " ".join([rule.op_type, *([", ".join(rule.when)] if rule.when else [])])
+    if rule.moves_values:
+        yield "  integers with the scale of input 0, where that is integers already"
+    elif rule.quantizes:
+        parts = [f"input {index}: {_scheme(scheme)}" for index, scheme in sorted(rule.inputs.items())]
+        yield f"  {'; '.join([*parts, f'output: {_scheme(rule.output)}'])}"
+    else:
+        yield "  float"
+    yield f"  why: {rule.reason}"
+    if rule.cure:
+        yield f"  cure: {rule.cure}"
+
+
+def _scheme(scheme: Scheme | None) -> str:
+    return str(scheme) if scheme is not None else "float"

@@ -1,0 +1,93 @@
+"""`qdeploy export`: from a model to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qdeploy.cli import options
+from qdeploy.cli.bars import progress
+from qdeploy.cli.output import give, reserve_stdout
+
+if TYPE_CHECKING:
+    from qdeploy.report.schema import Report
+
+
+def export(  # noqa: PLR0913 - one parameter an option
+    source: options.Source,
+    target: Annotated[
+        list[str],
+        typer.Option(metavar="NAME\\[:PRECISION]", help="What to build for; see qdeploy backends.", show_default=False),
+    ],
+    calibration: options.Calibration = None,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="STATS", help="What qdeploy calibrate wrote, instead of --calibration.")
+    ] = None,
+    evaluation: options.Evaluation = None,
+    preprocess: options.Preprocess = None,
+    samples: options.Samples = None,
+    reader: Annotated[
+        str, typer.Option(metavar="NAME", help="How ranges are chosen: mse, entropy, minmax, percentile\\[:99.99].")
+    ] = "mse",
+    granularity: Annotated[
+        Literal["per-channel", "per-tensor"], typer.Option(help="One scale for each channel of a weight, or for all.")
+    ] = "per-channel",
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|STEP,...", help="Steps that win back accuracy.", show_default="bias-correction for int8"
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATTERN", help="Leave nodes float: first, last, or a name with * and ?.", show_default=False
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    metric: options.Metric = None,
+    max_drop: options.MaxDrop = None,
+    inputs: options.Inputs = [],  # noqa: B006 - typer copies it
+    dims: options.Dims = [],  # noqa: B006 - typer copies it
+    setting: Annotated[
+        list[str],
+        typer.Option("--set", metavar="BACKEND.OPTION=VALUE", help="An option of a target.", show_default=False),
+    ] = [],  # noqa: B006 - typer copies it
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle to write.")] = Path("out"),
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Quantize a model for its targets, compare them with FP32, and write the bundle."""
+    from qdeploy import pipeline
+    from qdeploy.api import target_requests
+    from qdeploy.recipe import Recipe
+
+    recipe = Recipe(
+        source=options.model_source(source, inputs, dims),
+        targets=target_requests(target, options.settings(setting)),
+        calibration=calibration,
+        statistics=statistics,
+        evaluation=evaluation,
+        preprocessing=options.preprocessing(preprocess),
+        samples=samples,
+        reader=reader,
+        granularity=granularity,
+        keep=tuple(keep),
+        recover=None if recover is None else tuple(recover.split(",")),
+        metric=metric,
+        max_drop=max_drop,
+    )
+    file = reserve_stdout()
+    report = pipeline.run(recipe, output, force=force, progress=progress(quiet=quiet))
+    return give(report, file, as_json=as_json, quiet=quiet, ending=_ending(report, output))
+
+
+def _ending(report: Report, bundle: Path) -> str:
+    """Where the bundle is, and what to do next."""
+    if report.exit_code == 1:
+        advice = "To win accuracy back, try --reader, --keep or --recover; report.html in it shows every layer."
+    else:
+        advice = f"Copy it to where it will run, and compare there: qdeploy parity {bundle.name}"
+    return f"\nThe bundle is in {bundle}. {advice}\n"

@@ -1,0 +1,94 @@
+"""The options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from qdeploy.model import ModelSource
+    from qdeploy.samples.preprocessing import Preprocessing
+
+DATA = "A folder of images, an .npz file, file.py:callable or package.module:callable"
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="file.py:callable, package.module:callable, model.pt2 or model.onnx.", show_default=False
+    ),
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.", show_default=False)]
+ModelOrBundle = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL|BUNDLE", help="An ONNX file, or a folder that export wrote.", show_default=False),
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        metavar="SPEC",
+        help="An input's name, type and dimensions, as in 'image=float32\\[batch,3,224,224]'; a name is dynamic.",
+        show_default=False,
+    ),
+]
+Dims = Annotated[
+    list[str],
+    typer.Option(
+        "--dim", metavar="NAME=MIN:TYPICAL:MAX", help="The range of a dynamic dimension.", show_default=False
+    ),
+]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", metavar="DATA", help=f"{DATA}: samples to read ranges from.")
+]
+Evaluation = Annotated[
+    str | None, typer.Option("--evaluation", metavar="DATA", help=f"{DATA}: samples, with labels or without.")
+]
+Preprocess = Annotated[
+    str | None,
+    typer.Option("--preprocess", metavar="SETTINGS", help="How images become inputs: 'resize=256 crop=224 mean=0.5'."),
+]
+Samples = Annotated[int | None, typer.Option("--samples", metavar="N", help="Most calibration samples to use.")]
+Metric = Annotated[
+    str | None,
+    typer.Option("--metric", metavar="NAME", help="top1, top5 or file.py:callable; top1 where labels are classes."),
+]
+MaxDrop = Annotated[
+    float | None, typer.Option("--max-drop", metavar="X", help="The allowed drop of the metric: 0.01 is one point.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+
+
+def model_source(text: str, inputs: list[str], dims: list[str]) -> ModelSource:
+    """What SOURCE, --input and --dim say."""
+    from qdeploy.model import DimRange, ModelSource, TensorSpec
+
+    return ModelSource.parse(text, tuple(map(TensorSpec.parse, inputs)), dict(map(DimRange.parse, dims)))
+
+
+def preprocessing(text: str | None) -> Preprocessing | None:
+    """What --preprocess says."""
+    from qdeploy.samples.preprocessing import Preprocessing
+
+    return None if text is None else Preprocessing.parse(text)
+
+
+def settings(texts: list[str]) -> dict[str, dict[str, str]]:
+    """What --set says: target → option → value.
+
+    Raises:
+        InputError: A text that is not of the form BACKEND.OPTION=VALUE.
+    """
+    values: dict[str, dict[str, str]] = {}
+    for text in texts:
+        found = re.fullmatch(r"([^.=]+)\.([^.=]+)=(.*)", text)
+        if found is None:
+            raise InputError(f"--set cannot be {text!r}.", "Write BACKEND.OPTION=VALUE, for example ort-cpu.threads=2.")
+        values.setdefault(found[1], {})[found[2]] = found[3]
+    return values
