@@ -130,10 +130,13 @@ def weight_of(node: ir.Node) -> NDArray[Any] | None:
 
 
 def bias_input(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Where a weighted node's constant bias is read: (node, input index). A MatMul's bias is the Add behind it."""
+    """Where a weighted node's constant bias is read: (node, input index). A MatMul's bias is the Add behind it.
+
+    A bias is one value for each output channel, or one for all; what differs from row to row is none.
+    """
     if node.op_type != "MatMul":
-        present = len(node.inputs) > 2 and constant(node.inputs[2]) is not None
-        return (node, 2) if present else None
+        added = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        return (node, 2) if added is not None and (added.ndim == 0 or added.size == added.shape[-1]) else None
     follower = sole_consumer(node.outputs[0])
     if follower is None or follower.op_type != "Add":
         return None

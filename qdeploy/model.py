@@ -58,7 +58,7 @@ class TensorSpec:
             what = f"--input cannot be {text!r}."
             cure = "Write name=dtype[dimensions], for example image=float32[batch,3,224,224]; a name is dynamic."
             raise InputError(what, cure)
-        return cls(found[1], found[2], tuple(int(dim) if dim.isdigit() else dim for dim in dims))
+        return cls(found[1], found[2], tuple(int(dim) if dim.isdecimal() else dim for dim in dims))
 
     def mismatch(self, dtype: str, shape: tuple[int, ...]) -> str:
         """Why an array of this dtype and shape is not one of these tensors; empty if it is."""
@@ -96,6 +96,9 @@ class ModelSource:
     example_inputs: Any = None
 
     def __post_init__(self) -> None:
+        names = [spec.name for spec in self.inputs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"The input {twice!r} is given twice.", "Give each --input once.")
         named = {dim for spec in self.inputs for dim in spec.shape if isinstance(dim, str)}
         for dim in self.dims if self.inputs else ():
             if dim not in named:
@@ -201,5 +204,7 @@ def size_of_files(paths: tuple[Path, ...]) -> int:
 def copy_model(path: Path, directory: Path) -> Path:
     """Copy a model with its external data into a folder; the names stay, since the model refers to them."""
     for source in model_files(path):
-        shutil.copyfile(source, directory / source.name)
+        copy = directory / source.relative_to(path.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
     return directory / path.name

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from qdeploy.report.schema import Reference, Report, Target
 
 
+LAYERS = "layers.json"
+"""What each node became: beside an artifact's files, and none of them."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One target of a recipe, looked up and checked.
@@ -129,7 +133,7 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     report = make_report(outcome)
     layers = {each.built.job.folder: each.built.artifact.layers for each in outcome.measured}
     for folder, each in layers.items():
-        (bundle / folder / "layers.json").write_text(Layers(layers=each).text(), "utf-8")
+        (bundle / folder / LAYERS).write_text(Layers(layers=each).text(), "utf-8")
     (bundle / "report.json").write_text(report.text(), "utf-8")
     (bundle / "report.html").write_text(render(report, layers), "utf-8")
     seal(bundle, _manifest(outcome))
@@ -180,12 +184,15 @@ def _reference(outcome: Outcome) -> Reference:
     if outcome.loaded.module is not None:
         runner = EagerRunner(outcome.loaded)
         eager = rows.eager_row(harness.against_eager(model.path, runner, outcome.samples.evaluation))
-    inputs = next(iter(outcome.samples.evaluation)).inputs
-    latency = harness.latencies({harness.FLOAT: SessionRunner(model.path)}, inputs)[harness.FLOAT]
+    latency = None
+    if any(each.times is not None for each in outcome.measured):
+        inputs = next(iter(outcome.samples.evaluation)).inputs
+        times = harness.latencies({harness.FLOAT: SessionRunner(model.path)}, inputs)[harness.FLOAT]
+        latency = rows.latency_row(times, 0, _batch(outcome))
     return schema.Reference(
         size_bytes=size_of_files(model_files(model.path)),
         metric=metric,
-        latency_ms=rows.latency_row(latency, 0, _batch(outcome)),
+        latency_ms=latency,
         eager=eager,
     )
 
@@ -206,7 +213,7 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         strayed_lsb=measured.strayed,
         tolerance_lsb=job.backend.tolerance_lsb,
     )
-    size = rows.artifact_bytes(built.artifact)
+    size = rows.artifact_bytes(built.artifact, besides=LAYERS)
     calibrated = outcome.statistics is not None and built.quantized is not None
     budget = outcome.recipe.max_drop
     warning = budget_warning(budget, measured.comparison.samples) if budget is not None else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from qdeploy.errors import InputError, UnavailableError
 from qdeploy.export import LoadedModel, export, load
 from qdeploy.graph import describe, load_graph
 from qdeploy.model import FloatModel, QuantizedModel
-from qdeploy.outcome import Built, Job, Measured, Outcome, Samples, Unavailable, make_report, write_bundle
+from qdeploy.outcome import LAYERS, Built, Job, Measured, Outcome, Samples, Unavailable, make_report, write_bundle
 from qdeploy.parity import harness
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
@@ -27,7 +29,7 @@ from qdeploy.progress import Progress, Silent
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.static import quantize
 from qdeploy.reader import CalibrationReader
-from qdeploy.recipe import CALIBRATED, Recipe
+from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest
 from qdeploy.recover.steps import recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
@@ -56,21 +58,26 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
     statistics = _given_statistics(recipe, jobs)
     loaded = load(recipe.source)
     sources = _open_data(recipe, loaded)
+    metric = _metric_for(metric, recipe.max_drop, sources.evaluation)
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder, writing(output, force=force) as bundle:
         scratch = Path(folder)
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, scratch)
         samples = _checked(sources, model, jobs)
-        metric = _metric_for(metric, recipe.max_drop, samples.evaluation)
         if statistics is None and samples.calibration is not None:
             with progress.step("Calibrating", samples.calibration.size) as advance:
                 statistics = collect(model, samples.calibration, on_sample=advance)
         if statistics is not None:
             statistics.require_model(model.digest)
-        built = []
+        built, missing = [], dict[str, Unavailable]()
         for job in jobs:
             with progress.step(f"Building {job.folder}"):
-                built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle)))
+                try:
+                    built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle)))
+                except UnavailableError as error:  # what this machine lacks may show only now
+                    shutil.rmtree(bundle / job.folder)
+                    missing[job.folder] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
+        lookups = [missing.get(each.folder, each) if isinstance(each, Job) else each for each in lookups]
         measured = measure(model, built, samples.evaluation, metric, progress)
         outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured)
         with progress.step("Writing the bundle"):
@@ -81,8 +88,10 @@ def look_up(recipe: Recipe) -> list[Job | Unavailable]:
     """The recipe's targets as jobs, in order; those that this machine cannot build say why.
 
     Raises:
-        InputError: No target has the name, or it does not take the precision or an option.
+        InputError: There is no target, none has the name, or it does not take the precision or an option.
     """
+    if not recipe.targets:
+        raise InputError("There is no target.", "Add --target NAME, for example --target ort-cpu.")
     found: list[Job | Unavailable] = []
     for request in recipe.targets:
         try:
@@ -143,12 +152,14 @@ def to_float_model(loaded: LoadedModel, sources: Samples, scratch: Path) -> Floa
 def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Statistics:
     """Collect the statistics of the recipe's calibration samples and save them."""
     require_free_file(output, force=force)
+    if recipe.calibration is None:
+        raise InputError("There is no calibration data.", "Give --calibration DATA.")
     loaded = load(recipe.source)
     sources = _open_data(recipe, loaded)
+    assert sources.calibration is not None
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, Path(folder))
-        assert sources.calibration is not None
         samples = checked(sources.calibration, model.inputs)
         with progress.step("Calibrating", samples.size) as advance:
             statistics = collect(model, samples, on_sample=advance)
@@ -160,9 +171,9 @@ def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Pr
 def merge_statistics(parts: list[Path], output: Path, *, force: bool = False) -> Statistics:
     """Merge the statistics of several calibrations of one model and save them."""
     require_free_file(output, force=force)
-    merged, *others = [Statistics.load(path) for path in parts]
-    for other in others:
-        merged = merged.merge(other)
+    if not parts:
+        raise InputError("There are no statistics to merge.", "Name the files that qdeploy calibrate wrote.")
+    merged = reduce(Statistics.merge, map(Statistics.load, parts))
     with writing_file(output, force=force) as path:
         merged.save(path)
     return merged
@@ -243,8 +254,7 @@ def _open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
         return open_samples(
             data,
             input_names=loaded.input_names,
-            ranks={spec.name: len(spec.shape) for spec in recipe.source.inputs}
-            or {name: array.ndim for name, array in loaded.examples.items()},
+            ranks=loaded.ranks,
             preprocessing=recipe.preprocessing,
             limit=limit,
         )
@@ -256,7 +266,8 @@ def _open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
         return Samples(calibration, calibration, "Measured on the calibration samples, for want of evaluation data.")
     if not loaded.examples:
         raise InputError("There is no data to compare on.", "Give --evaluation DATA.")
-    examples = SampleSource("the example inputs", lambda: iter((Sample(loaded.examples),)), size=1)
+    sample = Sample(loaded.examples, origin="the example inputs")
+    examples = SampleSource("the example inputs", lambda: iter((sample,)), size=1)
     return Samples(None, examples, "Measured on the example inputs alone, for want of evaluation data.")
 
 
@@ -268,7 +279,7 @@ def _checked(samples: Samples, model: FloatModel, jobs: list[Job]) -> Samples:
 
 def _metric_for(metric: Metric | None, max_drop: float | None, samples: SampleSource) -> Metric | None:
     """The metric asked for, or top1 where integer labels suggest classes."""
-    labels = next(iter(samples)).labels
+    labels = next((sample.labels for sample in samples), None)
     if metric is None and labels is not None and np.issubdtype(labels.dtype, np.integer):
         metric = metric_from_name("top1")
     require_metric(max_drop, metric, labelled=labels is not None)
@@ -284,8 +295,10 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
 
     Raises:
         InputError: The bundle is damaged, or has no such target.
+        UnavailableError: This machine cannot run one of them.
     """
     from qdeploy.bundle.load import open_bundle
+    from qdeploy.report.schema import Layers
 
     bundle = open_bundle(path)
     entries = [t for t in bundle.manifest.targets if target in (None, t.folder, t.target)]
@@ -296,11 +309,24 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
     for entry in entries:
         kind = registry.backends().load(entry.target)
         backend: Backend = kind()
-        options = parse_options(kind, {key: str(value) for key, value in entry.options.items()})
+        options = parse_options(kind, {key: _option_text(value) for key, value in entry.options.items()})
+        availability = backend.availability()
+        if not availability.ok:
+            what = f"The target {entry.folder} cannot run here: {availability.reason}."
+            raise UnavailableError(what, f"To get it: {availability.cure}")
         contract = backend.contract(entry.precision, options)
-        artifact = Artifact(entry.target, entry.precision, path / entry.folder, entry.main, ())
+        folder = path / entry.folder
+        layers = Layers.read(folder / LAYERS).layers
+        artifact = Artifact(entry.target, entry.precision, folder, entry.main, layers)
         opened.append((Job(backend, entry.precision, options, contract, (), entry.folder), artifact))
     return describe(path / "float" / "model.onnx", path.name, bundle.manifest.dims), opened
+
+
+def _option_text(value: Any) -> str:
+    """An option of a manifest as the command line has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def open_target(path: Path, target: str | None = None) -> Runner:
@@ -336,13 +362,18 @@ def bench(path: Path, sample: Arrays | None = None, progress: Progress = SILENT)
         sample: Model inputs; None for the bundle's first golden sample, or for random values.
         progress: Told of the step.
     """
+    from qdeploy.bundle.golden import read_golden
+    from qdeploy.bundle.load import open_bundle
+
     if path.is_dir():
+        golden = read_golden(open_bundle(path))
         model, opened = open_bundled(path)
         targets = {job.folder: job.backend.open(artifact, job.options) for job, artifact in opened}
     else:
-        model, targets = describe(path, path.stem, {}), {}
+        golden, model, targets = (), describe(path, path.stem, {}), {}
+    inputs = sample or (golden[0].inputs if golden else random_inputs(model))
     with progress.step("Timing"):
-        return harness.latencies({harness.FLOAT: SessionRunner(model.path), **targets}, sample or random_inputs(model))
+        return harness.latencies({harness.FLOAT: SessionRunner(model.path), **targets}, inputs)
 
 
 def random_inputs(model: FloatModel) -> Arrays:

@@ -142,7 +142,7 @@ class _Draft:
         if rule.moves_values:
             name = questions.name_of(node.inputs[0])
             return "" if name in self.activations else "It moves float values."
-        return self._why_values_forbid(node) or self._why_weight_stays(node, rule)
+        return self._why_values_forbid(node) or self._why_weight_stays(node, rule) or self._why_bias_forbids(node)
 
     def _why_values_forbid(self, node: ir.Node) -> str:
         for value in (*(v for _, v in questions.real_inputs(node)), questions.result_of(node)):
@@ -162,6 +162,16 @@ class _Draft:
             if array is not None and self.weights[name].axis != _axis(scheme, array):
                 return f"It shares {name!r} with an operator that quantizes it along another axis."
         return ""
+
+    def _why_bias_forbids(self, node: ir.Node) -> str:
+        """A Gemm adds a tensor of any shape that fits its output; an int32 bias is a vector."""
+        weight = questions.weight_of(node)
+        if self.contract.bias != "int32" or node.op_type != "Gemm" or weight is None or len(node.inputs) < 3:
+            return ""
+        bias, channels = questions.constant(node.inputs[2]), weight.shape[questions.weight_channel_axis(node)]
+        if bias is None or bias.shape == (channels,):
+            return ""
+        return f"Its bias has shape {list(bias.shape)}; as int32 it must have one value for each output channel."
 
     def _quantize(self, node: ir.Node, rule: OpRule) -> None:
         for index, scheme in rule.inputs.items():

@@ -1,6 +1,6 @@
 """FloatModel → FloatModel: the same normal form for every target.
 
-One opset, no functions, no Constant nodes, every node named, constants and BatchNorm folded, shapes inferred.
+One opset, no functions, no Constant nodes, every node named, constants, factors and BatchNorm folded, shapes inferred.
 Tensor names are kept, since ranges, reports and the user's patterns speak of them.
 """
 
@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qdeploy.errors import InputError
-from qdeploy.graph import constant, describe, is_quantized, load_graph, save_graph
+from qdeploy.graph import (
+    bias_input,
+    constant,
+    describe,
+    is_quantized,
+    load_graph,
+    name_of,
+    save_graph,
+    weight_channel_axis,
+    weight_of,
+)
 from qdeploy.model import FloatModel
 
 if TYPE_CHECKING:
@@ -34,6 +47,7 @@ def prepare(model: FloatModel, directory: Path) -> FloatModel:
     refuse_quantized(graph, model.path.name)
     graph = _at_one_opset(graph, model.path)
     _fold(graph)
+    _scale_gemms(graph)
     _pool_spatial_means(graph)
     _name_nodes(graph)
     _tidy(graph)
@@ -92,6 +106,46 @@ def _fold(graph: ir.Model) -> None:
     )
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     passes.ShapeInferencePass()(graph)
+
+
+def _scale_gemms(graph: ir.Model) -> None:
+    """Fold a Gemm's factors into its constants, and make its bias a vector: integer kernels take it in no other form.
+
+    ORT's quantizer drops beta, and its optimizer misplaces alpha (microsoft/onnxruntime#28130).
+
+    Gemm(x, W, C, alpha, beta)        becomes        Gemm(x, alpha · W, beta · C)
+    """
+    for node in graph.graph:
+        weight = weight_of(node)
+        if node.op_type != "Gemm" or weight is None:
+            continue
+        alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+        if alpha != 1.0:
+            _replace_constant(graph, node, 1, weight * np.asarray(alpha, weight.dtype))
+            node.attributes.pop("alpha")
+        present = len(node.inputs) > 2 and node.inputs[2] is not None
+        bias = constant(node.inputs[2]) if bias_input(node) else None
+        channels = (weight.shape[weight_channel_axis(node)],)
+        if bias is not None and (beta != 1.0 or bias.shape != channels):
+            vector = (bias * np.asarray(beta, bias.dtype)).reshape(-1)
+            _replace_constant(graph, node, 2, np.broadcast_to(vector, channels).copy())
+        if bias is not None or not present:
+            node.attributes.pop("beta", None)
+
+
+def _replace_constant(graph: ir.Model, node: ir.Node, index: int, array: NDArray[Any]) -> None:
+    """Give a node another constant, under the old one's name unless another node reads that."""
+    import onnx_ir as ir
+
+    old = node.inputs[index]
+    assert old is not None
+    shared = len(old.uses()) > 1
+    name = f"{old.name}/{node.name}" if shared else old.name
+    if not shared:
+        graph.graph.initializers.pop(name_of(old))
+    new = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.graph.register_initializer(new)
+    node.replace_input_with(index, new)
 
 
 def _pool_spatial_means(graph: ir.Model) -> None:

@@ -42,7 +42,7 @@ class Recipe:
 
     Attributes:
         source: The model.
-        targets: In the order of the report.
+        targets: In the order of the report; none for what needs none, such as calibrating.
         calibration: DATA to calibrate with, or None.
         statistics: A statistics file to use instead of calibrating, or None.
         evaluation: DATA to measure accuracy with; None for the calibration samples.
@@ -71,8 +71,6 @@ class Recipe:
     max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.targets:
-            raise InputError("There is no target.", "Add --target NAME, for example --target ort-cpu.")
         if self.calibration is not None and self.statistics is not None:
             what = "Both --calibration and --statistics are given."
             raise InputError(what, "Give one: data to calibrate with, or the statistics of an earlier calibration.")

@@ -37,11 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QdeployError as error:
         tell(error.what, error.cure)
         return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        terminated = isinstance(interrupt, Terminated)
-        tell("terminated" if terminated else "interrupted")
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
-    except BrokenPipeError:
+    except Terminated:
+        sys.stderr.write("terminated\n")
+        return 143
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except (BrokenPipeError, SystemExit):  # rich makes the second of the first
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
         return 141
     except Exception:  # noqa: BLE001 - whatever else comes up is a bug, and is shown whole
@@ -59,5 +61,5 @@ def tell(what: str, cure: str = "") -> None:
     sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
-def _terminate(number: int, frame: object) -> None:
+def _terminate(*_: object) -> None:
     raise Terminated

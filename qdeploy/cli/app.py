@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     command = get_command(_app())
     try:
         # Not command(arguments), which has an answer of its own to interrupts and broken pipes.
-        with command.make_context("qdeploy", list(arguments)) as context:
+        with command.make_context("qdeploy", list(arguments) or ["--help"]) as context:
             code: int = command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _app() -> typer.Typer:
-    app = typer.Typer(name="qdeploy", add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
+    app = typer.Typer(name="qdeploy", add_completion=False, rich_markup_mode="rich")
     app.callback()(_qdeploy)
     for command in COMMANDS:
         app.command()(command)
@@ -54,8 +54,9 @@ def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it with t
 
 
 def _qdeploy(
-    version: Annotated[  # noqa: ARG001 - its callback has done all there is to do
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """From a trained PyTorch model, or an ONNX file, to a verified quantized model for the machine it will run on."""

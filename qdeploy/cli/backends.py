@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def backends(
+    *,
     ops: Annotated[
-        str | None, typer.Option(metavar="NAME\\[:PRECISION]", help="Show a target's rules, operator by operator.")
+        str | None, typer.Option(metavar="NAME[:PRECISION]", help="Show a target's rules, operator by operator.")
     ] = None,
 ) -> int:
     """List the targets: whether they can be built here, their precisions and their options."""
@@ -53,11 +54,11 @@ def _target(backend: Backend) -> Iterator[str]:
 
 
 def _rules(target: str) -> Iterator[str]:
-    from qdeploy.api import contract_of
+    from qdeploy.api import contract
 
-    contract = contract_of(target)
-    yield from _head(contract)
-    for rule in contract.rules:
+    rules = contract(*target.split(":", 1))
+    yield from _head(rules)
+    for rule in rules.rules:
         yield ""
         yield from _rule(rule)
 

@@ -15,21 +15,26 @@ from qdeploy.errors import InputError
 def calibrate(  # noqa: PLR0913 - one parameter an option
     source: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE | STATS...", help="The model; with --merge, files to merge.", show_default=False),
+        typer.Argument(
+            metavar="SOURCE | STATS...", help="The model; with --merge, files to merge.", show_default=False
+        ),
     ],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="The file to write.")],
     calibration: options.Calibration = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge statistics of one model, each of other samples.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge statistics of one model, each of other samples.")
+    ] = False,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
-    inputs: options.Inputs = [],  # noqa: B006 - typer copies it
-    dims: options.Dims = [],  # noqa: B006 - typer copies it
+    inputs: options.Inputs,
+    dims: options.Dims,
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> int:
     """Run samples through a model once, and keep the statistics from which every target's ranges are read."""
     from qdeploy import pipeline
-    from qdeploy.recipe import Recipe
+    from qdeploy.recipe import Recipe, TargetRequest
 
     if merge:
         found = pipeline.merge_statistics([Path(text) for text in source], output, force=force)
@@ -39,7 +44,7 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
     else:
         recipe = Recipe(
             source=options.model_source(source[0], inputs, dims),
-            targets=(),
+            targets=(TargetRequest("any"),),  # a recipe has a target; statistics serve all of them
             calibration=calibration,
             preprocessing=options.preprocessing(preprocess),
             samples=samples,

@@ -9,7 +9,7 @@ import typer
 
 from qdeploy.cli import options
 from qdeploy.cli.bars import progress
-from qdeploy.cli.output import give, reserve_stdout
+from qdeploy.cli.output import give, results
 
 if TYPE_CHECKING:
     from qdeploy.report.schema import Report
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 def export(  # noqa: PLR0913 - one parameter an option
     source: options.Source,
+    *,
     target: Annotated[
         list[str],
-        typer.Option(metavar="NAME\\[:PRECISION]", help="What to build for; see qdeploy backends.", show_default=False),
+        typer.Option(metavar="NAME[:PRECISION]", help="What to build for; see qdeploy backends.", show_default=False),
     ],
     calibration: options.Calibration = None,
     statistics: Annotated[
@@ -43,17 +44,17 @@ def export(  # noqa: PLR0913 - one parameter an option
     keep: Annotated[
         list[str],
         typer.Option(
-            metavar="PATTERN", help="Leave nodes float: first, last, or a name with * and ?.", show_default=False
+            metavar="PATTERN", help="Leave nodes float: first, last, or a name with * and ?.", default_factory=list
         ),
-    ] = [],  # noqa: B006 - typer copies it
+    ],
     metric: options.Metric = None,
     max_drop: options.MaxDrop = None,
-    inputs: options.Inputs = [],  # noqa: B006 - typer copies it
-    dims: options.Dims = [],  # noqa: B006 - typer copies it
+    inputs: options.Inputs,
+    dims: options.Dims,
     setting: Annotated[
         list[str],
-        typer.Option("--set", metavar="BACKEND.OPTION=VALUE", help="An option of a target.", show_default=False),
-    ] = [],  # noqa: B006 - typer copies it
+        typer.Option("--set", metavar="BACKEND.OPTION=VALUE", help="An option of a target.", default_factory=list),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle to write.")] = Path("out"),
     force: options.Force = False,
     as_json: options.Json = False,
@@ -79,15 +80,15 @@ def export(  # noqa: PLR0913 - one parameter an option
         metric=metric,
         max_drop=max_drop,
     )
-    file = reserve_stdout()
-    report = pipeline.run(recipe, output, force=force, progress=progress(quiet=quiet))
-    return give(report, file, as_json=as_json, quiet=quiet, ending=_ending(report, output))
+    with results() as file:
+        report = pipeline.run(recipe, output, force=force, progress=progress(quiet=quiet))
+        return give(report, file, as_json=as_json, quiet=quiet, ending=_ending(report, output))
 
 
 def _ending(report: Report, bundle: Path) -> str:
     """Where the bundle is, and what to do next."""
     if report.exit_code == 1:
-        advice = "To win accuracy back, try --reader, --keep or --recover; report.html in it shows every layer."
+        advice = "report.html in it tells more; --reader, --keep and --recover change how it is quantized."
     else:
         advice = f"Copy it to where it will run, and compare there: qdeploy parity {bundle.name}"
     return f"\nThe bundle is in {bundle}. {advice}\n"

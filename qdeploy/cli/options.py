@@ -33,13 +33,13 @@ Inputs = Annotated[
         "--input",
         metavar="SPEC",
         help="An input's name, type and dimensions, as in 'image=float32\\[batch,3,224,224]'; a name is dynamic.",
-        show_default=False,
+        default_factory=list,
     ),
 ]
 Dims = Annotated[
     list[str],
     typer.Option(
-        "--dim", metavar="NAME=MIN:TYPICAL:MAX", help="The range of a dynamic dimension.", show_default=False
+        "--dim", metavar="NAME=MIN:TYPICAL:MAX", help="The range of a dynamic dimension.", default_factory=list
     ),
 ]
 Calibration = Annotated[
@@ -60,9 +60,11 @@ Metric = Annotated[
 MaxDrop = Annotated[
     float | None, typer.Option("--max-drop", metavar="X", help="The allowed drop of the metric: 0.01 is one point.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+Force = Annotated[bool, typer.Option("--force", metavar="", help="Replace the output if it exists.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print the result as JSON, and nothing else, on standard output.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Show nothing but errors.")]
 
 
 def model_source(text: str, inputs: list[str], dims: list[str]) -> ModelSource:

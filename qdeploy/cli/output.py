@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qdeploy.report.schema import Report
 
 
-def reserve_stdout() -> IO[str]:
+@contextmanager
+def results() -> Iterator[IO[str]]:
     """Standard output as a file of its own; what anyone else writes there from now on goes to standard error.
 
     It stays so until the process ends: C libraries keep what they print in buffers, and empty those last of all.
     """
     sys.stdout.flush()
-    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return result
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as file:
+        os.dup2(2, 1)
+        try:
+            yield file
+            file.flush()
+        except (BrokenPipeError, SystemExit):  # rich makes the second of the first
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes nowhere
+            raise
 
 
 def give(report: Report, file: IO[str], *, as_json: bool, quiet: bool, ending: str = "") -> int:
@@ -30,7 +38,6 @@ def give(report: Report, file: IO[str], *, as_json: bool, quiet: bool, ending: s
     elif not quiet:
         show(report, file)
         file.write(ending)
-    file.flush()
     return report.exit_code
 
 

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qdeploy.cli import options
 from qdeploy.cli.bars import progress
-from qdeploy.cli.output import give, reserve_stdout
+from qdeploy.cli.output import give, results
+
+if TYPE_CHECKING:
+    from qdeploy.recipe import Recipe
 
 
-def parity(  # noqa: PLR0913 - one parameter an option
+def parity(
     bundle: options.BundlePath,
+    *,
     evaluation: options.Evaluation = None,
-    target: Annotated[str | None, typer.Option(metavar="NAME\\[:PRECISION]", help="Only this target.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="Only this target, or this folder.")] = None,
     metric: options.Metric = None,
     max_drop: options.MaxDrop = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Compare the targets of a bundle with FP32 on this machine; the bundle is not changed."""
+    """Compare the targets of a bundle with FP32 on this machine, on its golden samples unless others are given."""
     from qdeploy import pipeline
 
-    file = reserve_stdout()
-    report = pipeline.compare_bundle(
-        bundle, evaluation=evaluation, target=target, metric=metric, max_drop=max_drop, progress=progress(quiet=quiet)
+    with results() as file:
+        recipe = _recipe(bundle, evaluation, metric, max_drop)
+        report = pipeline.compare_bundle(recipe, bundle, target, progress(quiet=quiet))
+        return give(report, file, as_json=as_json, quiet=quiet)
+
+
+def _recipe(path: Path, evaluation: str | None, metric: str | None, max_drop: float | None) -> Recipe:
+    """The comparison of a bundle as a recipe."""
+    from qdeploy.bundle.load import open_bundle
+    from qdeploy.model import ModelSource
+    from qdeploy.recipe import Recipe, TargetRequest
+    from qdeploy.samples.preprocessing import Preprocessing
+
+    manifest = open_bundle(path).manifest
+    return Recipe(
+        source=ModelSource(str(path / "float" / "model.onnx"), "onnx", manifest.inputs, manifest.dims),
+        targets=tuple(TargetRequest(target.target, target.precision) for target in manifest.targets),
+        evaluation=evaluation or str(path / "golden" / "inputs.npz"),
+        preprocessing=Preprocessing.from_json(manifest.preprocessing) if manifest.preprocessing else None,
+        metric=metric,
+        max_drop=max_drop,
     )
-    return give(report, file, as_json=as_json, quiet=quiet)

@@ -9,13 +9,9 @@ from qdeploy.cli.export import export
 from qdeploy.errors import InputError
 
 
-@wraps(export)  # the same options
+@wraps(export, assigned=("__annotations__",))  # the same options under another name
 def quantize(source: str, **settings: Any) -> int:
     """Quantize an ONNX file for its targets, compare them with FP32, and write the bundle; needs no torch."""
     if not source.endswith(".onnx"):
         raise InputError(f"{source!r} is no ONNX file.", "Name a .onnx file, or use qdeploy export.")
     return export(source, **settings)
-
-
-quantize.__name__ = "quantize"
-quantize.__doc__ = "Quantize an ONNX file for its targets, compare them with FP32, and write the bundle: without torch."

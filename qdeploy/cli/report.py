@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qdeploy.cli import options
-from qdeploy.cli.output import give, reserve_stdout
+from qdeploy.cli.output import give, results
 
 if TYPE_CHECKING:
     from qdeploy.bundle.load import Bundle
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def report(
     bundle: options.BundlePath,
+    *,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it as an HTML page, too.")
     ] = None,
@@ -29,14 +30,14 @@ def report(
     from qdeploy.bundle.write import require_free_file
     from qdeploy.report.schema import Report
 
-    file = reserve_stdout()
-    if output is not None:
-        require_free_file(output, force=force)
-    opened = open_bundle(bundle)
-    found = Report.read(opened.path / "report.json")
-    if output is not None:
-        _write_page(opened, found, output, force=force)
-    return give(found, file, as_json=as_json, quiet=quiet)
+    with results() as file:
+        if output is not None:
+            require_free_file(output, force=force)
+        opened = open_bundle(bundle)
+        found = Report.read(opened.path / "report.json")
+        if output is not None:
+            _write_page(opened, found, output, force=force)
+        return give(found, file, as_json=as_json, quiet=quiet)
 
 
 def _write_page(bundle: Bundle, report: Report, output: Path, *, force: bool) -> None:

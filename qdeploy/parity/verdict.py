@@ -111,13 +111,13 @@ def _accuracy(comparison: Comparison, max_drop: float | None) -> tuple[bool, str
 
 def _by_drop(drop: float, interval: Interval, samples: int, max_drop: float | None) -> tuple[bool, str]:
     low, high = interval
-    figures = f"the metric's drop is {drop:z.5f} (95 % interval {low:z.5f} to {high:z.5f}, {samples} samples)"
+    figures = f"drop {drop:z.4f} (95 % interval {low:z.4f} to {high:z.4f}, {samples} samples)"
     if max_drop is None:
         proven = low > PROVEN_DROP
-        return not proven, f"{figures}, {'surely' if proven else 'not surely'} more than {PROVEN_DROP:g}"
+        return not proven, f"{figures}: {'a proven' if proven else 'no proven'} loss of more than {PROVEN_DROP:g}"
     if drop <= max_drop:
-        return True, f"{figures}, within the allowed {max_drop:g}"
-    return False, f"{figures}, more than the allowed {max_drop:g}"
+        return True, f"{figures}: within the allowed {max_drop:g}"
+    return False, f"{figures}: more than the allowed {max_drop:g}"
 
 
 def _by_first_output(comparison: Comparison) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy import graph as questions
+from qdeploy.affine import Affine
 from qdeploy.errors import InternalError
 from qdeploy.plan import QuantPlan
 
@@ -57,22 +58,30 @@ def _pair_problems(graph: ir.Model) -> list[str]:
 
 
 def _scale_problems(graph: ir.Model, plan: QuantPlan) -> list[str]:
-    """Scales in the graph against the plan's, matched by the tensor that QuantizeLinear reads."""
-    problems = []
-    seen = set()
+    """What is quantized and what is stored as integers, with its scales and zero points, against the plan's."""
+    activations, constants = {}, {}
     for node in graph.graph:
-        if node.op_type != "QuantizeLinear":
-            continue
-        name = quantized_tensor(node)
-        affine = plan.activations.get(name)
-        scale = questions.constant(node.inputs[1])
-        if affine is None:
-            problems.append(f"{name!r} is quantized, which nothing asked for")
-        elif scale is None or not np.array_equal(np.ravel(scale), np.ravel(affine.scale)):
-            problems.append(f"{name!r} has another scale than planned")
-        seen.add(name)
-    problems += [f"{name!r} is not quantized" for name in plan.activations if name not in seen]
+        source = node.inputs[0]
+        if node.op_type == "QuantizeLinear":
+            activations[quantized_tensor(node)] = node
+        elif node.op_type == "DequantizeLinear" and source is not None and source.is_initializer():
+            constants[questions.name_of(source).removesuffix("_quantized")] = node
+    problems = [f"{name!r} is quantized, which nothing asked for" for name in activations.keys() - plan.activations]
+    for planned, found in ((plan.activations, activations), (plan.weights, constants)):
+        problems += [f"{name!r} is not quantized" for name in planned if name not in found]
+        wrong = [name for name, affine in planned.items() if name in found and not _uses(found[name], affine)]
+        problems += [f"{name!r} has another scale or zero point than planned" for name in wrong]
     return problems
+
+
+def _uses(node: ir.Node, affine: Affine) -> bool:
+    """Whether a QuantizeLinear or DequantizeLinear works with this scale and zero point."""
+    scale, zero_point = (questions.constant(value) for value in node.inputs[1:3])
+    if scale is None or zero_point is None:
+        return False
+    same_axis = affine.axis is None or affine.axis == node.attributes.get_int("axis", 1)
+    same_scale = np.array_equal(np.ravel(scale), np.ravel(affine.scale))
+    return same_axis and same_scale and np.array_equal(np.ravel(zero_point), np.ravel(affine.zero_point))
 
 
 def _checker_problems(graph: ir.Model) -> list[str]:

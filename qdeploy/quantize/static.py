@@ -36,7 +36,8 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     _replace_constants(graph, plan)
     _absorb_activations(graph, plan)
     quantized_nodes = [n.name for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
-    graph = ir.from_proto(_insert_qdq(ir.to_proto(graph), plan, [str(name) for name in quantized_nodes]))
+    whole = ir.to_proto(ir.external_data.load_to_model(graph))  # ORT looks for external data in the current folder
+    graph = ir.from_proto(_insert_qdq(whole, plan, [str(name) for name in quantized_nodes]))
     _leave_float(graph, plan)
     passes.RemoveUnusedNodesPass()(graph)
     graph.graph.sort()
@@ -58,10 +59,11 @@ def _replace_constants(graph: ir.Model, plan: QuantPlan) -> None:
         node = nodes[node_name]
         reader, index = questions.bias_input(node) or (node, 2)
         old = reader.inputs[index] if index < len(reader.inputs) else None
-        shape = old.shape if old is not None and old.shape is not None else array.shape
+        present = questions.constant(old)
+        shaped = array.reshape(present.shape) if present is not None and present.size == array.size else array
         # A new initializer each time: the old one may serve another node, too.
         name = f"{node_name}.bias_corrected"
-        value = ir.val(name, const_value=ir.tensor(array.reshape([int(d) for d in shape]), name=name))
+        value = ir.val(name, const_value=ir.tensor(shaped, name=name))
         graph.graph.register_initializer(value)
         if index >= len(reader.inputs):
             reader.resize_inputs(index + 1)
@@ -81,6 +83,8 @@ def _absorb_activations(graph: ir.Model, plan: QuantPlan) -> None:
         if affine is None or not _saturates_within(affine, questions.activation_bounds(activation)):
             continue
         before, after = node.outputs[0], activation.outputs[0]
+        if before.name in plan.activations:  # moved values keep the scale that they came with
+            continue
         name, after.name = after.name, f"{after.name}/absorbed"
         after.replace_all_uses_with(before, replace_graph_outputs=True)
         graph.graph.remove(activation, safe=True)

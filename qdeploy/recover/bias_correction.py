@@ -31,7 +31,7 @@ def bias_correction(plan: QuantPlan, statistics: Statistics) -> QuantPlan:
     biases = dict(plan.biases)
     for node in graph.graph:
         weight = questions.weight_of(node)
-        if weight is None or not plan.nodes[str(node.name)].quantized or not _has_place_for_bias(node):
+        if weight is None or not plan.nodes[str(node.name)].quantized or not _has_place_for_bias(node, weight):
             continue
         name = questions.name_of(node.inputs[1])
         tensor = statistics.tensors.get(questions.name_of(node.inputs[0]))
@@ -44,10 +44,10 @@ def bias_correction(plan: QuantPlan, statistics: Statistics) -> QuantPlan:
 
 
 def output_shift(node: ir.Node, change: NDArray[np.float32], inputs: TensorStatistics) -> NDArray[np.float64]:
-    """Mean change of each output channel when the weight changes, in units of the bias.
+    """Mean change of each output channel when the weight changes.
 
     Args:
-        node: A Conv, ConvTranspose, Gemm or MatMul.
+        node: A Conv, ConvTranspose, Gemm or MatMul of a prepared graph, where a Gemm has no factors.
         change: Ŵ − W, in the weight's stored layout.
         inputs: Statistics of input 0, per channel.
     """
@@ -62,20 +62,19 @@ def output_shift(node: ir.Node, change: NDArray[np.float32], inputs: TensorStati
         overlap = int(np.prod(node.attributes.get_ints("strides", [1])))
         per_group = delta.reshape(groups, delta.shape[0] // groups, delta.shape[1], -1).sum(axis=-1) / overlap
         return np.asarray(np.einsum("gio,gi->go", per_group, mean.reshape(groups, -1))).reshape(-1)
-    if node.op_type == "Gemm":
-        matrix = delta.T if node.attributes.get_int("transB", 0) else delta
-        ratio = node.attributes.get_float("alpha", 1.0) / node.attributes.get_float("beta", 1.0)
-        return np.asarray(ratio * (mean @ matrix))
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+        delta = delta.T
     return np.asarray(mean @ delta)
 
 
-def _has_place_for_bias(node: ir.Node) -> bool:
+def _has_place_for_bias(node: ir.Node, weight: NDArray[np.float32]) -> bool:
     """Conv and Gemm take a bias that is not there yet; a MatMul only has the Add behind it, a computed one stays."""
+    if node.op_type == "MatMul" and weight.ndim > 2:
+        return False  # each item of a batch has a shift of its own
     if questions.bias_input(node) is not None:
         return True
     absent = len(node.inputs) < 3 or node.inputs[2] is None
-    scaled_away = node.op_type == "Gemm" and node.attributes.get_float("beta", 1.0) == 0.0
-    return node.op_type != "MatMul" and absent and not scaled_away
+    return node.op_type != "MatMul" and absent
 
 
 def _bias(plan: QuantPlan, node: ir.Node, channels: int) -> NDArray[np.float64]:

@@ -27,15 +27,19 @@ def steps_for(names: Sequence[str] | None, precision: str) -> tuple[str, ...]:
         precision: For example "int8".
 
     Raises:
-        InputError: A name that is no step.
+        InputError: A name that is no step or is there twice, or "none" among others.
     """
     if names is None:
         return DEFAULTS.get(precision, ())
     if tuple(names) == ("none",):
         return ()
     for name in names:
+        if name == "none":
+            raise InputError("The recovery step 'none' stands alone.", "Leave it out, or name nothing else.")
         if name not in STEPS:
             raise InputError(f"Unknown recovery step {name!r}.", suggestion(name, ["none", *STEPS]))
+        if names.count(name) > 1:
+            raise InputError(f"The recovery step {name!r} is asked for twice.", "Name it once.")
     return tuple(names)
 
 

@@ -43,9 +43,10 @@ def quantized_ops(artifact: Artifact) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def artifact_bytes(artifact: Artifact) -> int:
-    """Size of all of an artifact's files."""
-    return size_of_files(tuple(path for path in artifact.directory.rglob("*") if path.is_file()))
+def artifact_bytes(artifact: Artifact, besides: str) -> int:
+    """Size of all of an artifact's files; the file `besides` in its folder is none of them."""
+    files = (path for path in artifact.directory.rglob("*") if path.is_file())
+    return size_of_files(tuple(path for path in files if path != artifact.directory / besides))
 
 
 def accuracy_fields(comparison: Comparison) -> dict[str, Any]:

@@ -71,6 +71,7 @@ QUANTIZED = {
     "Gemm transA": alone("[n] y = Gemm <transA=1> (x, w, b)", "float[4,5] w, float[5] b", "4,2"),
     "Gemm without C": alone("[n] y = Gemm (x, w)", "float[4,5] w", "2,4"),
     "Gemm with C [1, n]": alone("[n] y = Gemm (x, w, b)", "float[4,5] w, float[1,5] b", "2,4"),
+    "Gemm with factors": alone("[n] y = Gemm <alpha=0.5, beta=2.0> (x, w, b)", "float[4,5] w, float[5] b", "2,4"),
     "Gemm inside": alone(f"[n] z = Gemm (x, w, b){GEMM_BEHIND}", "float[4,5] w, float[5] b, float[5,3] wl", "2,4"),
     "Gemm transB inside": alone(
         f"[n] z = Gemm <transB=1> (x, w, b){GEMM_BEHIND}", "float[5,4] w, float[5] b, float[5,3] wl", "2,4"
@@ -113,7 +114,6 @@ FLOAT = {
 
 FALLS_BACK = {
     "Gemm with a computed C": alone("[n] y = Gemm (x, w, c)", "float[4,5] w", "2,4", ", float[2,5] c"),
-    "Gemm with alpha": alone("[n] y = Gemm <alpha=0.5> (x, w, b)", "float[4,5] w, float[5] b", "2,4"),
     "Conv with a computed bias": alone("[n] y = Conv (x, w, b)", "float[4,3,1,1] w", "1,3,8,8", ", float[4] b"),
     "MatMul and Add of rank 2": alone("[n] m = MatMul (x, w)\n[a] y = Add (m, b)", "float[4,5] w, float[5] b", "2,4"),
     "MatMul and Add, static": alone("[n] m = MatMul (x, w)\n[a] y = Add (m, b)", "float[4,5] w, float[5] b", "2,3,4"),

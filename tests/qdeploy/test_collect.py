@@ -1,5 +1,6 @@
 """One pass over the samples: the figures of every observed tensor, whoever counts them and in whatever order."""
 
+import importlib
 import threading
 import tracemalloc
 from dataclasses import replace
@@ -7,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qdeploy import collect as collecting
 from qdeploy import counting
 from qdeploy import graph as questions
 from qdeploy.collect import collect
 from qdeploy.errors import InputError
 from qdeploy.samples.source import Sample
+
+COLLECTING = importlib.import_module("qdeploy.collect")
+"""The module; the package has a function of that name."""
 
 RANDOM = np.random.default_rng(11)
 
@@ -295,21 +298,21 @@ def test_ranges_that_have_settled_are_not(sigmoid, last):
 def test_workers_meet_their_samples_in_order(sigmoid, monkeypatch):
     """Extremes are kept as they were up to each sample, so no worker may count a later sample before an earlier one."""
     order = {}
-    inner = collecting._Worker.run
+    inner = COLLECTING._Worker.run
 
     def noted(worker, sample):
         order.setdefault(worker, []).append(float(sample.inputs["x"][0, 0]))
         return inner(worker, sample)
 
-    monkeypatch.setattr(collecting._Worker, "run", noted)
+    monkeypatch.setattr(COLLECTING._Worker, "run", noted)
     delays = iter([0.0, 0.05] + [0.0] * 100)
 
-    class SlowQueue(collecting.SimpleQueue):
+    class SlowQueue(COLLECTING.SimpleQueue):
         def get(self):
             threading.Event().wait(next(delays))
             return super().get()
 
-    monkeypatch.setattr(collecting, "SimpleQueue", SlowQueue)
+    monkeypatch.setattr(COLLECTING, "SimpleQueue", SlowQueue)
 
     collect(sigmoid, growing(range(12)), workers=2)
 

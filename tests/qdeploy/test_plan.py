@@ -174,7 +174,9 @@ def test_several_patterns_add_up(network, planned):
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(network, planned):
-    expected = r"Nothing in the model matches --keep 'haed.weight'. Did you mean 'head.weight'\? Known: stem, stem.weight"
+    expected = (
+        r"Nothing in the model matches --keep 'haed.weight'. Did you mean 'head.weight'\? Known: stem, stem.weight"
+    )
     with pytest.raises(InputError, match=expected):
         planned(network, keep=["first", "haed.weight"])
 

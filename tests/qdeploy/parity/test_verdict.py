@@ -26,14 +26,14 @@ def unlabelled(first, **others):
 def test_a_drop_within_the_budget_passes():
     assert judge(labelled(0.01, (0.0, 0.02)), max_drop=0.01) == Verdict(
         "pass",
-        "The metric's drop is 0.01000 (95 % interval 0.00000 to 0.02000, 300 samples), within the allowed 0.01.",
+        "Drop 0.0100 (95 % interval 0.0000 to 0.0200, 300 samples): within the allowed 0.01.",
     )
 
 
 def test_a_drop_beyond_the_budget_fails():
     assert judge(labelled(0.0133, (-0.001, 0.03)), max_drop=0.01) == Verdict(
         "fail",
-        "The metric's drop is 0.01330 (95 % interval -0.00100 to 0.03000, 300 samples), more than the allowed 0.01.",
+        "Drop 0.0133 (95 % interval -0.0010 to 0.0300, 300 samples): more than the allowed 0.01.",
     )
 
 
@@ -45,11 +45,11 @@ def test_a_budget_may_ask_for_a_gain():
 def test_without_a_budget_only_a_proven_drop_fails():
     assert judge(labelled(0.05, (0.02, 0.08))) == Verdict(
         "pass",
-        "The metric's drop is 0.05000 (95 % interval 0.02000 to 0.08000, 300 samples), not surely more than 0.02.",
+        "Drop 0.0500 (95 % interval 0.0200 to 0.0800, 300 samples): no proven loss of more than 0.02.",
     )
     assert judge(labelled(0.05, (0.021, 0.08))) == Verdict(
         "fail",
-        "The metric's drop is 0.05000 (95 % interval 0.02100 to 0.08000, 300 samples), surely more than 0.02.",
+        "Drop 0.0500 (95 % interval 0.0210 to 0.0800, 300 samples): a proven loss of more than 0.02.",
     )
 
 

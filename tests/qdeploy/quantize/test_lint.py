@@ -1,6 +1,5 @@
 import logging
 
-import numpy as np
 import pytest
 
 from qdeploy.backends.ort_cpu import Options, OrtCpu
@@ -60,6 +59,12 @@ def types(**kinds):
 
 def node_named(graph, name):
     return next(node for node in graph.graph if node.name == name)
+
+
+def set_weight_axis(graph, axis):
+    import onnx_ir as ir
+
+    node_named(graph, "gemm").inputs[1].producer().attributes["axis"] = ir.AttrInt64("axis", axis)
 
 
 @pytest.mark.parametrize(("text", "keep"), OURS.values(), ids=OURS)
@@ -138,24 +143,22 @@ def test_16_bit_activations_are_found(tmp_path):
 
 def test_scales_along_another_axis_are_found(tmp_path):
     graph = by_another_tool(SQUARE, tmp_path, per_channel=True, **types(activation="QUInt8", weight="QInt8"))
-    dequantize = node_named(graph, "gemm").inputs[1].producer()
     assert lint(graph, CONTRACT) == ()
 
-    dequantize.attributes["axis"].value = 1
+    set_weight_axis(graph, 1)
 
-    assert [(v.node, v.what) for v in lint(graph, CONTRACT)] == [
-        (
-            "gemm",
-            "input 1 ('w_DequantizeLinear_Output') is stored as int8 symmetric per-channel (axis 1); "
-            "ort-cpu takes int8 symmetric per-channel (axis 0)",
-        )
-    ]
+    (found,) = lint(graph, CONTRACT)
+    assert found.node == "gemm"
+    assert found.what == (
+        "input 1 ('w_DequantizeLinear_Output') is stored as int8 symmetric per-channel (axis 1); "
+        "ort-cpu takes int8 symmetric per-channel (axis 0)"
+    )
 
 
 def test_an_axis_may_count_from_the_end(tmp_path):
     graph = by_another_tool(SQUARE, tmp_path, per_channel=True, **types(activation="QUInt8", weight="QInt8"))
 
-    node_named(graph, "gemm").inputs[1].producer().attributes["axis"].value = -2
+    set_weight_axis(graph, -2)
 
     assert lint(graph, CONTRACT) == ()
 
@@ -294,5 +297,4 @@ def test_one_dequantized_weight_may_serve_two_operators(tmp_path):
     text = """net (float[1,4,8,8] x) => (float y) <float[4,4,1,1] w> { [one] a = Conv (x, w) [two] y = Conv (a, w) }"""
     graph = by_another_tool(text, tmp_path, **types(activation="QInt8", weight="QInt8"))
 
-    assert [v.node for v in lint(graph, CONTRACT)] == ["one", "two"]
-    assert np.all([v.what.startswith("input 0") for v in lint(graph, CONTRACT)])
+    assert [(v.node, v.what[:7]) for v in lint(graph, CONTRACT)] == [("one", "input 0"), ("two", "input 0")]
