@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
-from qdeploy.backend import Arrays, Artifact, Availability, Backend, Evidence, Layer, Runner, input_arrays
-from qdeploy.errors import InputError, InternalError
-from qdeploy.model import FloatModel, QuantizedModel, model_files
+from qdeploy.backend import Artifact, Availability, Backend, Layer, Runner
+from qdeploy.model import FloatModel, QuantizedModel, copy_model
 from qdeploy.scheme import Condition, OpRule, PerChannel, QuantContract, Scheme
-from qdeploy.session import GraphLevel, open_session
+from qdeploy.session import GraphLevel, SessionRunner, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import onnxruntime
 
 ACTIVATION = Scheme(IntegerType(8, signed=False), symmetric=False)
 """Unsigned: ORT has no x86 kernel for signed activations in MatMul, and convolves them at half the speed."""
 
-CONSTANT, BETWEEN, LAST = Condition.CONSTANT_WEIGHT, Condition.BETWEEN_QUANTIZED, Condition.GRAPH_OUTPUT
+CONSTANT, WITH_BIAS = Condition.CONSTANT_WEIGHT, Condition.CONSTANT_BIAS
+BETWEEN, LAST = Condition.BETWEEN_QUANTIZED, Condition.GRAPH_OUTPUT
 
 
 def _weight(axis: int) -> Scheme:
@@ -35,7 +30,7 @@ def _weight(axis: int) -> Scheme:
 
 
 def _gemm(*when: Condition, axis: int, output: Scheme | None, reason: str) -> OpRule:
-    return OpRule("Gemm", (CONSTANT, *when), {0: ACTIVATION, 1: _weight(axis)}, output, reason=reason)
+    return OpRule("Gemm", (CONSTANT, WITH_BIAS, *when), {0: ACTIVATION, 1: _weight(axis)}, output, reason=reason)
 
 
 _GEMM = "QGemm; one scale for each output feature."
@@ -48,16 +43,18 @@ _POOL = "Leave it float; a mean over height and width is quantized when it is ex
 INT8_RULES = (
     OpRule(
         "Conv",
-        (CONSTANT,),
+        (CONSTANT, WITH_BIAS),
         {0: ACTIVATION, 1: _weight(0)},
         ACTIVATION,
         reason="QLinearConv; a scale for each channel keeps 97 % instead of 84 % of EfficientNet-Lite0's decisions.",
     ),
+    OpRule("Conv", reason="ORT has no integer Conv with a computed weight or bias.", cure=_KEEP),
     OpRule("ConvTranspose", reason="ORT has no integer ConvTranspose on the CPU.", cure=_KEEP),
     _gemm(Condition.TRANSPOSED_B, LAST, axis=0, output=None, reason=_LAST_GEMM),
     _gemm(LAST, axis=1, output=None, reason=_LAST_GEMM),
     _gemm(Condition.TRANSPOSED_B, axis=0, output=ACTIVATION, reason=_GEMM),
     _gemm(axis=1, output=ACTIVATION, reason=_GEMM),
+    OpRule("Gemm", reason="ORT has no integer Gemm with a computed weight or bias.", cure=_KEEP),
     OpRule(
         "MatMul",
         (CONSTANT,),
@@ -80,7 +77,8 @@ INT8_RULES = (
         OpRule(op, moves_values=True, reason=_MOVE)
         for op in ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
     ),
-    OpRule("Resize", reason="ORT interpolates in float (only mode=nearest would stay in integers).", cure=_KEEP),
+    OpRule("Resize", (Condition.NEAREST,), moves_values=True, reason=_MOVE),
+    OpRule("Resize", reason="ORT interpolates in float.", cure="Leave it float, or upsample with mode=nearest."),
     OpRule("ReduceMean", reason="ORT has no integer ReduceMean that it puts in the place of a QDQ one.", cure=_POOL),
     OpRule("Softmax", reason="Its output spans many orders of magnitude, and it costs little.", cure=_KEEP),
     OpRule("LayerNormalization", reason="ORT has no integer LayerNormalization on the CPU.", cure=_KEEP),
@@ -124,9 +122,7 @@ class OrtCpu(Backend):
 
     def lower(self, model: FloatModel | QuantizedModel, precision: str, directory: Path, options: Options) -> Artifact:
         """Copy the model, load it, and read from the graph that ORT made of it what each node became."""
-        for source in model_files(model.path):
-            shutil.copyfile(source, directory / source.name)
-        main = directory / model.path.name
+        main = copy_model(model.path, directory)
         with tempfile.TemporaryDirectory(prefix="qdeploy-") as scratch:
             optimized = Path(scratch) / "optimized.onnx"
             open_session(main, threads=options.threads, graph_level=options.graph_level, optimized=optimized)
@@ -136,44 +132,7 @@ class OrtCpu(Backend):
 
     def open(self, artifact: Artifact, options: Options) -> Runner:
         """A session on the artifact's model."""
-        return OrtRunner(artifact.path, options)
-
-
-class OrtRunner(Runner):
-    """An ONNX Runtime session."""
-
-    evidence = Evidence.EXECUTED
-
-    def __init__(self, path: Path, options: Options) -> None:
-        self._path = path
-        self._options = options
-        self._session: onnxruntime.InferenceSession | None = None
-
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Outputs by name."""
-        if self._session is None:
-            message = "a runner is used inside `with` only"
-            raise InternalError(message)
-        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
-
-        names = [output.name for output in self._session.get_outputs()]
-        try:
-            outputs = self._session.run(names, input_arrays(inputs))
-        except (InvalidArgument, RuntimeException, ValueError) as error:
-            given = ", ".join(f"{name}={array.dtype}{list(array.shape)}" for name, array in inputs.items())
-            taken = ", ".join(f"{i.name}={i.type}{i.shape}" for i in self._session.get_inputs())
-            what = f"ONNX Runtime cannot run {self._path.name} on {given or 'no inputs'}: {error}"
-            raise InputError(what, f"The model takes {taken}.") from error
-        return dict(zip(names, outputs, strict=True))
-
-    def __enter__(self) -> Self:
-        self._session = open_session(self._path, threads=self._options.threads, graph_level=self._options.graph_level)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._session = None
+        return SessionRunner(artifact.path, threads=options.threads, graph_level=options.graph_level)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def bias_input(node: ir.Node) -> tuple[ir.Node, int] | None:
         return None
     for index, operand in enumerate(follower.inputs):
         array = constant(operand)
-        if array is not None and array.ndim == 1:
+        if array is not None and array.ndim > 0 and array.size == array.shape[-1]:
             return follower, index
     return None
 
@@ -239,7 +239,7 @@ def _is_inside_fusion(value: ir.Value) -> bool:
     return producer is not None and producer.op_type in QUANTIZABLE and fused_activation(producer) is not None
 
 
-def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> bool:
+def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> bool:  # noqa: PLR0911 - an answer a question
     """Answer a contract's question about a node.
 
     Args:
@@ -256,6 +256,11 @@ def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> boo
             return weight is not None and group > 1 and weight.shape[1] == 1 and group == weight.shape[0]
         case Condition.TRANSPOSED_B:
             return weight_of(node) is not None and bool(node.attributes.get_int("transB", 0))
+        case Condition.CONSTANT_BIAS:
+            bias = node.inputs[2] if len(node.inputs) > 2 else None
+            return bias is None or stored_constant(bias) is not None
+        case Condition.NEAREST:
+            return node.attributes.get_string("mode", "nearest") == "nearest"
         case Condition.BETWEEN_QUANTIZED:
             operands = [name_of(value) for _, value in real_inputs(node)]
             return len(operands) > 0 and all(name in quantized for name in operands)

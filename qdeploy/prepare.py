@@ -49,6 +49,7 @@ def prepare(model: FloatModel, directory: Path) -> FloatModel:
     _fold(graph)
     _scale_gemms(graph)
     _pool_spatial_means(graph)
+    _shape_biases_of_products(graph)
     _name_nodes(graph)
     _tidy(graph)
     path = directory / "model.onnx"
@@ -182,6 +183,40 @@ def _pool_spatial_means(graph: ir.Model) -> None:
         graph.graph.remove(node, safe=True)
 
 
+def _shape_biases_of_products(graph: ir.Model) -> None:
+    """Put the bias of a MatMul where integer kernels exist for it.
+
+    ORT turns a MatMul and the Add of a vector into a float Gemm, where shapes are fixed, before it looks for quantized
+    operators; with a bias of the product's own rank it does not.
+
+    MatMul(x [m, k], W) ─► Add(b [n]) ─► y       becomes        Gemm(x, W, b) ─► y
+    MatMul(x [..., m, k], W) ─► Add(b [n])       becomes        MatMul(x, W) ─► Add(b [1, ..., n])
+    """
+    for node in list(graph.graph):
+        place = bias_input(node) if node.op_type == "MatMul" else None
+        shape, weight = node.outputs[0].shape, weight_of(node)
+        if place is None or shape is None or weight is None:
+            continue
+        add, index = place
+        bias = constant(add.inputs[index])
+        if len(shape) == 2 and bias is not None and bias.shape == weight.shape[1:]:
+            _fuse_bias(graph, node, add, index)
+        elif len(shape) > 2 and bias is not None and bias.ndim < len(shape):
+            _replace_constant(graph, add, index, bias.reshape([1] * (len(shape) - 1) + [-1]))
+
+
+def _fuse_bias(graph: ir.Model, product: ir.Node, add: ir.Node, index: int) -> None:
+    import onnx_ir as ir
+
+    gemm = ir.node("Gemm", [*product.inputs, add.inputs[index]], name=product.name)
+    written, result = gemm.outputs[0], add.outputs[0]
+    written.name, written.type, written.shape = result.name, result.type, result.shape
+    result.name = f"{result.name}/replaced"
+    graph.graph.insert_before(add, gemm)
+    result.replace_all_uses_with(written, replace_graph_outputs=True)
+    graph.graph.remove([add, product], safe=True)
+
+
 def _name_nodes(graph: ir.Model) -> None:
     """Give every node a name of its own; names that are there stay."""
     taken = {node.name for node in graph.graph.all_nodes()}
@@ -198,6 +233,8 @@ def _tidy(graph: ir.Model) -> None:
     import onnx_ir.passes.common as passes
 
     passes.RemoveUnusedNodesPass()(graph)
+    for name in sorted(graph.graph.initializers):  # passes that replace one move it to the end
+        graph.graph.initializers[name] = graph.graph.initializers.pop(name)
     passes.ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "qdeploy"
     graph.producer_version = None

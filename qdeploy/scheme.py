@@ -66,6 +66,8 @@ class Condition(StrEnum):
     CONSTANT_WEIGHT = "with a constant weight"
     DEPTHWISE = "depthwise (one input channel a group)"
     TRANSPOSED_B = "with a constant weight and transB=1"
+    CONSTANT_BIAS = "with a constant bias or none"
+    NEAREST = "it repeats the nearest value (mode=nearest)"
     BETWEEN_QUANTIZED = "every input comes from a quantized operator"
     GRAPH_OUTPUT = "it writes a graph output that nothing else reads"
 

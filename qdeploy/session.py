@@ -76,10 +76,15 @@ class SessionRunner(Runner):
         if self._session is None:
             message = f"the runner of {self._path.name} is used outside `with`"
             raise InternalError(message)
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+
         try:
             outputs = self._session.run(self._names, input_arrays(inputs))
-        except Exception as error:  # ORT raises a different class for each of its status codes
-            raise InputError(f"ONNX Runtime cannot run {self._path.name}: {str(error).strip()}") from error
+        except (InvalidArgument, RuntimeException, ValueError) as error:
+            given = ", ".join(f"{name}={array.dtype}{list(array.shape)}" for name, array in inputs.items())
+            taken = ", ".join(f"{i.name}={i.type}{i.shape}" for i in self._session.get_inputs())
+            what = f"ONNX Runtime cannot run {self._path.name} on {given or 'no inputs'}: {error}"
+            raise InputError(what, f"The model takes {taken}.") from error
         return dict(zip(self._names, outputs, strict=True))
 
     def __enter__(self) -> Self:

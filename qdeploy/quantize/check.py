@@ -66,7 +66,9 @@ def _scale_problems(graph: ir.Model, plan: QuantPlan) -> list[str]:
             activations[quantized_tensor(node)] = node
         elif node.op_type == "DequantizeLinear" and source is not None and source.is_initializer():
             constants[questions.name_of(source).removesuffix("_quantized")] = node
-    problems = [f"{name!r} is quantized, which nothing asked for" for name in activations.keys() - plan.activations]
+    problems = [
+        f"{name!r} is quantized, which nothing asked for" for name in activations if name not in plan.activations
+    ]
     for planned, found in ((plan.activations, activations), (plan.weights, constants)):
         problems += [f"{name!r} is not quantized" for name in planned if name not in found]
         wrong = [name for name, affine in planned.items() if name in found and not _uses(found[name], affine)]

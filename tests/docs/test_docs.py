@@ -1,7 +1,8 @@
-"""The pages in docs/ say what is so: their blocks are run in order, their output is compared, their links lead somewhere.
+"""The pages in docs/ say what is so: their blocks run in order, give the output shown, and their links lead somewhere.
 
-Markdown comments above a block say what becomes of it: `<!-- file: NAME -->` writes it to a file, `<!-- not run: WHY -->`
-leaves it out. Every other python and console block is run in one folder a page, which is at first as the tutorial left it.
+A Markdown comment above a block says what becomes of it: `<!-- file: NAME -->` writes it to a file, and
+`<!-- not run: WHY -->` leaves it out. All other python and console blocks run, each page in a folder of its own that is
+at first as the tutorial left it.
 """
 
 import doctest
@@ -24,7 +25,8 @@ LINKING = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("dep
 LINKING += [ROOT / "benchmarks/README.md"]
 
 BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>file|not run): (?P<value>.+?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+    r"(?:<!-- (?P<mark>file|not run): (?P<value>.+?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -56,8 +58,8 @@ def run_page(page: Path, folder: Path) -> None:
 
 
 def run_console(text: str, folder: Path) -> None:
-    """Run each command of a console block and compare its output with the lines below it, `...` standing for anything."""
-    for command, expected in re.findall(r"^\$ ((?:.*\\\n)*.*\n)((?:(?!\$ ).*\n)*)", text, re.M):
+    """Run each command of a console block and compare its output with the lines below it; `...` stands for anything."""
+    for command, expected in re.findall(r"^\$ ((?:.*\\\n)*.*\n)((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
         result = subprocess.run(
             ["bash", "-c", command],
             cwd=folder,
@@ -127,7 +129,7 @@ def target_exists(page: Path, link: str) -> bool:
 
 def anchors(page: Path) -> set[str]:
     """The names that GitHub gives to a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

@@ -63,7 +63,7 @@ def problem(tmp_path_factory):
         "k": random.normal(size=(4, 1, 3, 3)),
         "b": random.normal(size=4),
         "w": random.normal(size=(4, 3)),
-        "c": np.zeros(3),
+        "c": np.array([0.1, 0.0, -0.1]),
     }
     nodes = [
         helper.make_node("Conv", ["image", "k", "b"], ["conv"], name="conv"),

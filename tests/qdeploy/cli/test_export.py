@@ -1,6 +1,8 @@
 """export and quantize: what they write, print and refuse."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,10 +211,10 @@ MISTAKES = {
         "Did you mean 'build'? Known: Net, build, broken, leaving, nothing, samples, endless, bad_samples."
     ),
     "export model.py:broken --target ort-cpu --calibration samples.npz": (
-        "model.py:broken raised ZeroDivisionError: one part of nothing (line 28 of model.py)"
+        "model.py:broken raised ZeroDivisionError: one part of nothing (line 27 of model.py)"
     ),
     "export model.py:leaving --target ort-cpu --calibration samples.npz": (
-        "model.py:leaving raised SystemExit: 0 (line 32 of model.py)"
+        "model.py:leaving raised SystemExit: 0 (line 31 of model.py)"
     ),
     "export model.py:nothing --target ort-cpu --calibration samples.npz": (
         "model.py:nothing returned str, not a torch.nn.Module.\n"
@@ -220,10 +222,6 @@ MISTAKES = {
     ),
     "quantize model.py:build --target ort-cpu": (
         "'model.py:build' is no ONNX file.\nName a .onnx file, or use qdeploy export."
-    ),
-    "quantize samples.onnx --target ort-cpu --calibration samples.npz": (
-        "samples.onnx is not an ONNX model, or is damaged (Error parsing message with type 'onnx.ModelProto').\n"
-        "Export it anew."
     ),
     "quantize net.onnx --target ort-cpi --calibration samples.npz": (
         f"Unknown target 'ort-cpi'.\nDid you mean 'ort-cpu'? {known('ort-cpu')}"
@@ -250,7 +248,7 @@ MISTAKES = {
     "quantize net.onnx --target ort-cpu --calibration gone.npz": "There is no file gone.npz.\nCheck the path.",
     f"quantize {NET} --samples 0": "The number of samples is limited to 0.\nGive at least 1.",
     "export model.py:build --target ort-cpu --calibration model.py:bad_samples": (
-        "Sample 0 of model.py:bad_samples has no input 'x'.\nIt has: y."
+        "The array 'y' of sample 0 of model.py:bad_samples is no input of the model.\nKnown: x."
     ),
     f"quantize {NET} --evaluation gone.npz": "There is no file gone.npz.\nCheck the path.",
     f"quantize {NET} --reader mes": (
@@ -281,7 +279,7 @@ MISTAKES = {
         "The option ort-cpu.threads cannot be 'many'.\nIt takes: int."
     ),
     f"quantize {NET} --keep conv9": (
-        "Nothing in the model matches --keep 'conv9'.\nDid you mean 'conv'? Known: conv, k, node_Gemm_1, w."
+        "Nothing in the model matches --keep 'conv9'.\nDid you mean 'conv'? Known: conv, k, classifier, w."
     ),
     f"quantize {NET} --input picture=float32[1,1,8,8]": "net.onnx has no input 'picture'.\nKnown: image.",
     f"quantize {NET} --input image": (
@@ -305,7 +303,7 @@ MISTAKES = {
         "Name another output, or remove it yourself."
     ),
     f"quantize {NET} -o samples.npz/out": (
-        "samples.npz/out cannot be written: Not a directory.\nName another output."
+        "samples.npz/out cannot be written: HERE/samples.npz is not a folder.\nName another output."
     ),
     "quantize net.onnx --target ort-cpu --statistics gone.npz": (
         "There is no statistics file gone.npz.\nMake one with qdeploy calibrate."
@@ -315,9 +313,81 @@ MISTAKES = {
 
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_one_clear_message_and_leaves_nothing(here, left, qdeploy, command):
-    shutil.copy(here / "samples.npz", here / "samples.onnx")
+    ended = qdeploy(*command.split())
+
+    *before, message = ended.err.partition("error: ")
+    assert message == f"{MISTAKES[command]}\n".replace("HERE", str(here))
+    assert "Traceback" not in before
+    assert (ended.out, ended.code) == ("", 2)
+    assert left() == []
+
+
+def test_a_damaged_model_is_named(here, left, qdeploy):
+    (here / "net.onnx").write_bytes((here / "net.onnx").read_bytes()[:300])
+
+    ended = qdeploy(*f"quantize {NET}".split())
+
+    assert ended.err.startswith("error: net.onnx is not an ONNX model, or is damaged (")
+    assert ended.err.endswith("Export it anew.\n")
+    assert (ended.out, ended.code, left()) == ("", 2, [])
+
+
+def test_a_quantized_model_is_refused(here, bundle, qdeploy):
+    ended = qdeploy("quantize", bundle / "ort-cpu" / "model.onnx", "--target", "ort-cpu", "--calibration", "samples.npz")
+
+    assert (ended.code, ended.err) == (
+        2,
+        "error: model.onnx is quantized already.\nLook at it with qdeploy inspect, or start from the float model.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:500], "error: stats.npz is not a statistics file of this version, or is damaged ("),
+        (lambda content: b"", "error: stats.npz is not a statistics file of this version, or is damaged ("),
+    ],
+)
+def test_damaged_statistics_are_refused(here, left, bundle, qdeploy, damage, message):
+    content = (bundle / "calibration" / "statistics.npz").read_bytes()
+    (here / "stats.npz").write_bytes(damage(content))
+
+    ended = qdeploy(*"quantize net.onnx --target ort-cpu --statistics stats.npz --evaluation samples.npz".split())
+
+    assert ended.err.startswith(message)
+    assert ended.err.endswith("\nMake it anew with qdeploy calibrate.\n")
+    assert (ended.out, ended.code, left()) == ("", 2, ["stats.npz"])
+
+
+def test_statistics_of_another_model_are_refused(here, left, bundle, qdeploy):
+    shutil.copy(bundle / "calibration" / "statistics.npz", "stats.npz")
+    command = "export model.py:build --target ort-cpu --statistics stats.npz --evaluation model.py:samples"
 
     ended = qdeploy(*command.split())
 
-    assert (ended.err, ended.out, ended.code) == (f"error: {MISTAKES[command]}\n", "", 2)
-    assert left() == ["samples.onnx"]
+    assert re.search(
+        r"\nerror: These statistics were collected on another model \(digest \w{12}…, not \w{12}…\)\.\n"
+        r"Collect them anew: qdeploy calibrate SOURCE --calibration DATA -o STATS\.\n$",
+        ended.err,
+    )
+    assert (ended.out, ended.code, left()) == ("", 2, ["stats.npz"])
+
+
+def test_a_budget_without_labels_is_refused(here, left, qdeploy):
+    np.savez("bare.npz", image=np.load("samples.npz")["image"])
+
+    ended = qdeploy(*"quantize net.onnx --target ort-cpu --calibration bare.npz --metric top1 --max-drop 0.1".split())
+
+    what = "A drop of at most 0.1 in top1 was asked for, but the evaluation data has no labels."
+    cure = "Give labelled data with --evaluation, or leave out --max-drop."
+    assert (ended.err, ended.out, ended.code) == (f"error: {what}\n{cure}\n", "", 2)
+    assert left() == ["bare.npz"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(here, qdeploy):
+    here.chmod(0o500)
+
+    ended = qdeploy(*"export gone.py:build --target ort-cpu -o made".split())
+
+    assert ended.err == f"error: made cannot be written: {here} is not writable.\nName another output.\n"

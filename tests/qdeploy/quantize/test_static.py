@@ -432,7 +432,7 @@ def test_matmul_with_a_bias_behind_it(build, node, trip, stored, batch):
 
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (1, 5), (3, 5), (3, 1), ()], ids=str)
-@pytest.mark.parametrize("factors", [{}, {"alpha": 0.5, "beta": 3.0}, {"transB": 1}], ids=str)
+@pytest.mark.parametrize("factors", [{}, {"alpha": 4.0}, {"alpha": 0.5, "beta": 3.0}, {"transB": 1}], ids=str)
 def test_gemm_with_every_shape_of_bias(build, node, trip, run_onnx, random_samples, shape, factors):
     weights = {"w": floats(5, 4) if "transB" in factors else floats(4, 5), "c": np.float32(floats(*shape))}
 
