@@ -5,7 +5,6 @@ import pytest
 
 from qdeploy.statistics import Statistics
 
-
 ANEW = "Make it anew with qdeploy calibrate."
 
 

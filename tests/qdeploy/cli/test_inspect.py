@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 
-
 NO_BUNDLE = "is not a qdeploy bundle: it holds no file bundle.json.\nName the folder that qdeploy export wrote with -o."
 
 
