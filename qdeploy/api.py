@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from qdeploy import pipeline, registry
-from qdeploy.backend import Arrays, Backend, Runner, parse_options
+from qdeploy.backend import Arrays, Backend, Runner, option_text, parse_options
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
 from qdeploy.recipe import Recipe, TargetRequest
@@ -147,7 +147,7 @@ def contract(target: str, precision: str = "", **options: Any) -> QuantContract:
     if precision not in backend.precisions:
         what = f"{target} does not take the precision {precision!r}."
         raise InputError(what, f"It takes: {', '.join(backend.precisions)}.")
-    return backend.contract(precision, parse_options(kind, {key: _text(value) for key, value in options.items()}))
+    return backend.contract(precision, parse_options(kind, {key: option_text(value) for key, value in options.items()}))
 
 
 def target_requests(targets: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> tuple[TargetRequest, ...]:
@@ -156,7 +156,7 @@ def target_requests(targets: Iterable[str], options: Mapping[str, Mapping[str, A
     Raises:
         InputError: Options of a target that is not among them.
     """
-    texts = {name: {key: _text(value) for key, value in values.items()} for name, values in options.items()}
+    texts = {name: {key: option_text(value) for key, value in values.items()} for name, values in options.items()}
     requests = [TargetRequest.parse(target) for target in targets]
     requests = [TargetRequest(each.name, each.precision, texts.get(each.name, {})) for each in requests]
     names = [each.name for each in requests]
@@ -166,13 +166,6 @@ def target_requests(targets: Iterable[str], options: Mapping[str, Mapping[str, A
                 f"Options are given for {name!r}, which is not a target of this run.", suggestion(name, names)
             )
     return tuple(requests)
-
-
-def _text(value: Any) -> str:
-    """An option's value as on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _source(

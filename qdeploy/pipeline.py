@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy import registry
-from qdeploy.backend import Arrays, Artifact, Backend, Runner, parse_options
+from qdeploy.backend import Arrays, Artifact, Backend, Runner, option_text, parse_options
 from qdeploy.bundle.write import require_free, require_free_file, writing, writing_file
 from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
@@ -310,7 +310,7 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
     for entry in entries:
         kind = registry.backends().load(entry.target)
         backend: Backend = kind()
-        options = parse_options(kind, {key: _option_text(value) for key, value in entry.options.items()})
+        options = parse_options(kind, {key: option_text(value) for key, value in entry.options.items()})
         availability = backend.availability()
         if not availability.ok:
             what = f"The target {entry.folder} cannot run here: {availability.reason}."
@@ -321,13 +321,6 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
         artifact = Artifact(entry.target, entry.precision, folder, entry.main, layers)
         opened.append((Job(backend, entry.precision, options, contract, (), entry.folder), artifact))
     return describe(path / "float" / "model.onnx", path.name, bundle.manifest.dims), opened
-
-
-def _option_text(value: Any) -> str:
-    """An option of a manifest as the command line has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def open_target(path: Path, target: str | None = None) -> Runner:
