@@ -29,7 +29,7 @@ from qdeploy.progress import Progress, Silent
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.static import quantize
 from qdeploy.reader import CalibrationReader
-from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest
+from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest, option_text
 from qdeploy.recover.steps import recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
@@ -309,7 +309,7 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
     for entry in entries:
         kind = registry.backends().load(entry.target)
         backend: Backend = kind()
-        options = parse_options(kind, {key: _option_text(value) for key, value in entry.options.items()})
+        options = parse_options(kind, {key: option_text(value) for key, value in entry.options.items()})
         availability = backend.availability()
         if not availability.ok:
             what = f"The target {entry.folder} cannot run here: {availability.reason}."
@@ -320,13 +320,6 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
         artifact = Artifact(entry.target, entry.precision, folder, entry.main, layers)
         opened.append((Job(backend, entry.precision, options, contract, (), entry.folder), artifact))
     return describe(path / "float" / "model.onnx", path.name, bundle.manifest.dims), opened
-
-
-def _option_text(value: Any) -> str:
-    """An option of a manifest as the command line has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def open_target(path: Path, target: str | None = None) -> Runner:
