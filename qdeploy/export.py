@@ -406,9 +406,9 @@ def _check_against(eager: EagerRunner, model: FloatModel, samples: list[Sample])
 
 
 def _sqnr_of_finite(reference: NDArray[Any], array: NDArray[Any]) -> float:
-    """SQNR in dB over the reference's finite values; −inf unless NaN and infinities (masks) are where it has them."""
+    """SQNR in dB over the finite values; −inf unless NaN and infinities (masks) are where the reference has them."""
     finite = np.isfinite(reference)
-    if not np.array_equal(reference[~finite], array[~finite], equal_nan=True):
+    if not np.array_equal(np.where(finite, 0, reference), np.where(np.isfinite(array), 0, array), equal_nan=True):
         return float("-inf")
     return sqnr_db(reference[finite], array[finite])
 

@@ -260,7 +260,7 @@ def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> boo
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             return bias is None or stored_constant(bias) is not None
         case Condition.NEAREST:
-            return node.attributes.get_string("mode", "nearest") == "nearest"
+            return bool(node.attributes.get_string("mode", "nearest") == "nearest")
         case Condition.BETWEEN_QUANTIZED:
             operands = [name_of(value) for _, value in real_inputs(node)]
             return len(operands) > 0 and all(name in quantized for name in operands)

@@ -23,7 +23,7 @@ from qdeploy.parity import harness
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
 from qdeploy.parity.verdict import require_metric
-from qdeploy.plan import plan
+from qdeploy.plan import kept_nodes, plan
 from qdeploy.prepare import prepare
 from qdeploy.progress import Progress, Silent
 from qdeploy.quantize.lint import lint
@@ -64,6 +64,7 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, scratch)
         samples = _checked(sources, model, jobs)
+        kept_nodes(load_graph(model.path), recipe.keep)  # a pattern that matches nothing is found before calibration
         if statistics is None and samples.calibration is not None:
             with progress.step("Calibrating", samples.calibration.size) as advance:
                 statistics = collect(model, samples.calibration, on_sample=advance)

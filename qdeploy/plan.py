@@ -92,7 +92,7 @@ def plan(
     """
     statistics.require_model(model.digest)
     graph = questions.load_graph(model.path)
-    draft = _Draft(statistics, contract, reader, _kept(graph, keep))
+    draft = _Draft(statistics, contract, reader, kept_nodes(graph, keep))
     for node in graph.graph:
         draft.nodes[str(node.name)] = draft.decide(node)
     return QuantPlan(model, contract, draft.nodes, draft.ranges, draft.activations, draft.weights)
@@ -247,8 +247,12 @@ def _initializer_name(node: ir.Node, index: int) -> str:
     return questions.name_of(value) if value is not None and questions.constant(value) is not None else ""
 
 
-def _kept(graph: ir.Model, patterns: Sequence[str]) -> dict[str, str]:
-    """Node name → the pattern that keeps it float."""
+def kept_nodes(graph: ir.Model, patterns: Sequence[str]) -> dict[str, str]:
+    """Node name → the pattern that keeps it float.
+
+    Raises:
+        InputError: A pattern matches nothing.
+    """
     weighted = [node for node in graph.graph if questions.weight_of(node) is not None]
     kept: dict[str, str] = {}
     for pattern in patterns:

@@ -127,6 +127,6 @@ def test_a_reader_that_went_away_is_no_error(arguments, bundle, program):
     reader = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
     reader.wait()
 
-    ended = program(*arguments.replace("BUNDLE", str(bundle)).split(), stdout=reader.stdin)
+    ended = program(arguments.replace("BUNDLE", str(bundle)), stdout=reader.stdin)
 
     assert (ended.code, ended.err) == (141, "")
