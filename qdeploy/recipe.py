@@ -119,14 +119,6 @@ class Recipe:
 
         Relative paths lead from there to what they name from the current folder; absolute ones stay.
         """
-
-        def from_folder(path: str) -> str:
-            if Path(path).is_absolute():
-                return path
-            # Without symbolic links ".." leads where it says; the last part keeps its name, which may be one.
-            target = Path(path).parent.resolve() / Path(path).name
-            return Path(os.path.relpath(target, folder.resolve())).as_posix()
-
         tables = self.as_json()
         unwritten = []
         for place, key in _KEYS.items():
@@ -134,7 +126,7 @@ class Recipe:
             if _is_from_python(value):
                 unwritten.append(str(place))
             elif key.move and value is not None:
-                tables[place.table][place.key] = key.move(value, from_folder)
+                tables[place.table][place.key] = key.move(value, lambda path: _from_folder(path, folder))
         tables["target"] = [{k: v for k, v in t.items() if (k, v) != ("precision", "")} for t in tables["target"]]
         head = "# To run it again: qdeploy export --recipe FILE -o DIR. Relative paths begin at this file's folder.\n"
         if unwritten:
@@ -150,6 +142,15 @@ def _written(value: Any) -> str | None:
 
 def _is_from_python(value: Any) -> bool:
     return isinstance(value, str) and value.endswith(FROM_PYTHON)
+
+
+def _from_folder(path: str, folder: Path) -> str:
+    """What a path from the current folder is called in another one."""
+    if Path(path).is_absolute():
+        return path
+    # Without symbolic links ".." leads where it says; the last part keeps its name, which the model is called by.
+    target = Path(path).parent.resolve() / Path(path).name
+    return Path(os.path.relpath(target, folder.resolve())).as_posix()
 
 
 def _without_nothing(content: Any) -> Any:
@@ -289,6 +290,8 @@ def _values(content: Mapping[str, Any], move: _Move) -> Iterator[tuple[str, Any]
 def _value(place: _Place, value: Any, move: _Move) -> Any:
     key = _KEYS[place]
     _checked(value, key.kind, str(place))
+    if key.move and "\0" in value:
+        raise InputError(f"{place} holds a null character.", "No path has one.")
     if key.move and not _is_from_python(value):
         value = key.move(value, move)
     try:

@@ -20,14 +20,14 @@ def export(  # noqa: PLR0913 - one parameter an option
     *,
     target: Annotated[
         list[str],
-        typer.Option(metavar="NAME[:PRECISION]", help="What to build for; see qdeploy backends.", default_factory=list),
-    ],
-    recipe: Annotated[
-        Path | None,
         typer.Option(
-            metavar="FILE", help="A TOML file with a model and options; what the command line gives beats it."
+            metavar="NAME[:PRECISION]",
+            help="What to build for; see qdeploy backends.",
+            show_default=False,
+            default_factory=list,
         ),
-    ] = None,
+    ],
+    recipe: options.Recipe = None,
     calibration: options.Calibration = None,
     statistics: Annotated[
         Path | None, typer.Option(metavar="STATS", help="What qdeploy calibrate wrote, instead of --calibration.")
@@ -35,14 +35,7 @@ def export(  # noqa: PLR0913 - one parameter an option
     evaluation: options.Evaluation = None,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
-    reader: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How ranges are chosen: mse, entropy, minmax, percentile\\[:99.99].",
-            show_default="mse",
-        ),
-    ] = None,
+    reader: options.Reader = None,
     granularity: Annotated[
         Literal["per-channel", "per-tensor"] | None,
         typer.Option(help="One scale for each channel of a weight, or for all.", show_default="per-channel"),

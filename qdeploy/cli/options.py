@@ -61,6 +61,15 @@ Preprocess = Annotated[
     typer.Option("--preprocess", metavar="SETTINGS", help="How images become inputs: 'resize=256 crop=224 mean=0.5'."),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", metavar="N", help="Most calibration samples to use.")]
+Reader = Annotated[
+    str | None,
+    typer.Option(
+        "--reader",
+        metavar="NAME",
+        help="How ranges are chosen: mse, entropy, minmax, percentile\\[:99.99].",
+        show_default="mse",
+    ),
+]
 Metric = Annotated[
     str | None,
     typer.Option("--metric", metavar="NAME", help="top1, top5 or file.py:callable; top1 where labels are classes."),

@@ -301,6 +301,7 @@ MISTAKES = {
         "[calibration] samples is a number, a whole number is wanted. "
         "Write it without quotation marks, for example 100."
     ),
+    '[calibration]\ndata = "a\\u0000.npz"': "[calibration] data holds a null character. No path has one.",
     "[calibration]\ndata = [1]": f"[calibration] data is a list, text is wanted. {IN_QUOTES}",
     "[calibration]\ndata = 2026-01-01": f"[calibration] data is a date or a time, text is wanted. {IN_QUOTES}",
     '[quantization]\nkeep = "first"': (
