@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from qdeploy import pipeline, registry
-from qdeploy.backend import Arrays, Backend, Runner, parse_options
+from qdeploy.backend import Arrays, Backend, Runner, option_text, parse_options
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
-from qdeploy.recipe import Recipe, TargetRequest, option_text, with_options
+from qdeploy.recipe import Recipe, TargetRequest, with_options
 from qdeploy.samples.preprocessing import Preprocessing
 from qdeploy.scheme import QuantContract
 

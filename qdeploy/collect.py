@@ -74,7 +74,7 @@ def collect(
 
 
 _Pass = tuple[str, list[int], NDArray[np.int32]]
-"""One sample's digest, its labels, and the keys of each tensor's extremes so far, int32 [tensors, 2]."""
+"""One sample's digest, its classes, and the keys of each tensor's extremes so far, int32 [tensors, 2]."""
 
 
 def _run(
@@ -135,8 +135,7 @@ class _Worker:
                 self._tallies[name] = Tally(name, axis if array.ndim else None, channels)
             self._tallies[name].add(array)
             keys[place] = self._tallies[name].extreme_keys
-        labels = [] if sample.labels is None else [int(label) for label in sample.labels.flat]
-        return sample_digest(sample.inputs), labels, keys
+        return sample_digest(sample.inputs), _classes(sample.labels), keys
 
     def _observe(self, inputs: Arrays) -> list[NDArray[Any]]:
         """The observed outputs. The arrays of one run are written again by the next of the same input shapes.
@@ -166,6 +165,11 @@ class _Worker:
 
     def statistics(self) -> dict[str, TensorStatistics]:
         return {name: tally.statistics() for name, tally in self._tallies.items()}
+
+
+def _classes(labels: NDArray[Any] | None) -> list[int]:
+    """Labels that stand for classes; real numbers stand for none."""
+    return labels.reshape(-1).tolist() if labels is not None and labels.dtype.kind in "iu" else []
 
 
 def _observation_graph(model: FloatModel, directory: Path) -> Path:

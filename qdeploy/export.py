@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +82,10 @@ def load(source: ModelSource) -> LoadedModel:
         raise InputError(what, "Return the module, or the module and a tuple of example inputs.")
     module, notes = _for_inference(module)
     named = _named_examples(examples, source, module)
-    if notes:
+    if notes:  # what was said of its inputs, and given, was meant for the module as it was
+        floats = ("float16", "bfloat16", "float64")
+        inputs = tuple(replace(s, dtype="float32") if s.dtype in floats else s for s in source.inputs)
+        source = replace(source, inputs=inputs)
         named = {name: a.astype(np.float32) if a.dtype.kind == "f" else a for name, a in named.items()}
     names = tuple(spec.name for spec in source.inputs) or tuple(named) or _required(module)
     if not names:

@@ -55,7 +55,7 @@ def load_graph(path: Path) -> ir.Model:
                 value.const_value.release()
     except FileNotFoundError as error:
         raise InputError(f"There is no model file {error.filename or path}.", "Check the path.") from error
-    except (DecodeError, ValueError, TypeError, OSError, UnicodeDecodeError) as error:
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not an ONNX model, or is damaged ({error}).", "Export it anew.") from error
     if not model.opset_imports or not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it has no operator set or no outputs.", "Export it anew.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from qdeploy.parity.metrics import Metric
 from qdeploy.parity.verdict import budget_warning, judge
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.report.environment import environment, package_version
-from qdeploy.samples.source import SampleSource
+from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.scheme import QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
@@ -116,6 +117,11 @@ class Outcome:
     lookups: list[Job | Unavailable]
     measured: list[Measured]
 
+    @cached_property
+    def first(self) -> Sample:
+        """The first evaluation sample, on which latency is measured."""
+        return next(iter(self.samples.evaluation))
+
 
 def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     """Write everything of a bundle but the artifacts, which are there already, and seal it."""
@@ -199,7 +205,7 @@ def _reference(outcome: Outcome) -> Reference:
 
 
 def _batch(outcome: Outcome) -> int:
-    first = next(iter(next(iter(outcome.samples.evaluation)).inputs.values()))
+    first = next(iter(outcome.first.inputs.values()))
     return int(first.shape[0]) if first.ndim else 1
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy import registry
-from qdeploy.backend import Arrays, Artifact, Backend, Runner, parse_options
+from qdeploy.backend import Arrays, Artifact, Backend, Runner, option_text, parse_options
 from qdeploy.bundle.write import require_free, require_free_file, writing, writing_file
 from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
@@ -29,7 +29,7 @@ from qdeploy.progress import Progress, Silent
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.static import quantize
 from qdeploy.reader import CalibrationReader
-from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest, option_text
+from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest
 from qdeploy.recover.steps import recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked

@@ -7,13 +7,15 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from qdeploy.backend import option_text
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
 from qdeploy.registry import suggestion
-from qdeploy.samples.preprocessing import Preprocessing
+from qdeploy.samples.kinds import AnyPreprocessing, parse_preprocessing, preprocessing_from_json
 from qdeploy.toml import toml_text
 
 CALIBRATED = ("int8", "int8-fp16")
@@ -56,7 +58,7 @@ class Recipe:
         calibration: DATA to calibrate with, or None.
         statistics: A statistics file to use instead of calibrating, or None.
         evaluation: DATA to measure accuracy with; None for the calibration samples.
-        preprocessing: How images become inputs.
+        preprocessing: How images, texts or audio become inputs.
         samples: Most calibration samples to use.
         reader: Calibration reader.
         granularity: Of the weights.
@@ -71,7 +73,7 @@ class Recipe:
     calibration: Any = None
     statistics: Path | None = None
     evaluation: Any = None
-    preprocessing: Preprocessing | None = None
+    preprocessing: AnyPreprocessing | None = None
     samples: int | None = None
     reader: str = "mse"
     granularity: Granularity = "per-channel"
@@ -126,7 +128,7 @@ class Recipe:
             if _is_from_python(value):
                 unwritten.append(str(place))
             elif key.move and value is not None:
-                tables[place.table][place.key] = key.move(value, lambda path: _from_folder(path, folder))
+                tables[place.table][place.key] = key.move(value, partial(_from_folder, folder=folder))
         tables["target"] = [{k: v for k, v in t.items() if (k, v) != ("precision", "")} for t in tables["target"]]
         head = "# To run it again: qdeploy export --recipe FILE -o DIR. Relative paths begin at this file's folder.\n"
         if unwritten:
@@ -182,7 +184,7 @@ class Given:
     calibration: str | None = None
     statistics: Path | None = None
     evaluation: str | None = None
-    preprocessing: Preprocessing | None = None
+    preprocessing: AnyPreprocessing | None = None
     samples: int | None = None
     reader: str | None = None
     granularity: str | None = None
@@ -240,13 +242,6 @@ def with_options(
     return requests
 
 
-def option_text(value: Any) -> str:
-    """A target's option as on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(option_text, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def read_recipe(path: Path) -> Given:
     """What a recipe file says. Relative paths in it begin at its folder.
 
@@ -261,14 +256,21 @@ def read_recipe(path: Path) -> Given:
     except (ValueError, RecursionError) as error:  # ValueError is also that of text that is no UTF-8
         raise InputError(f"{path} is not valid TOML: {error}.", "Mend it there.") from error
     try:
-        values = dict(_values(content, lambda place: str(path.parent / place)))
+        values = dict(_values(content, partial(_in_folder, folder=path.parent)))
     except InputError as error:
         raise InputError(f"{path}: {error.what}", error.cure) from error
     return Given(**values)
 
 
+def _in_folder(path: str, folder: Path) -> str:
+    """What a path from a folder is called in the current one."""
+    if "\0" in path:
+        raise InputError(f"The path {path!r} holds a null character.", "No path has one.")
+    return str(folder / path)
+
+
 _Move = Callable[[str], str]
-"""Where a path leads from another folder."""
+"""What a path is called in another folder."""
 
 
 def _values(content: Mapping[str, Any], move: _Move) -> Iterator[tuple[str, Any]]:
@@ -290,12 +292,8 @@ def _values(content: Mapping[str, Any], move: _Move) -> Iterator[tuple[str, Any]
 def _value(place: _Place, value: Any, move: _Move) -> Any:
     key = _KEYS[place]
     _checked(value, key.kind, str(place))
-    if key.move and "\0" in value:
-        raise InputError(f"{place} holds a null character.", "No path has one.")
-    if key.move and not _is_from_python(value):
-        value = key.move(value, move)
     try:
-        return key.read(value)
+        return key.read(key.move(value, move) if key.move and not _is_from_python(value) else value)
     except InputError as error:
         raise InputError(f"{place}: {error.what}", error.cure) from error
 
@@ -321,6 +319,13 @@ def _moved_place(text: str, move: _Move) -> str:
     return _moved_callable(text, move) if ":" in text else move(text)
 
 
+def _moved_settings(settings: str | Mapping[str, Any], move: _Move) -> Mapping[str, Any]:
+    """Settings with the path of a tokenizer moved, if they have one."""
+    table = _preprocessing(settings).to_json() if isinstance(settings, str) else settings
+    tokenizer = table.get("tokenizer")
+    return {**table, "tokenizer": _moved_place(tokenizer, move)} if isinstance(tokenizer, str) else table
+
+
 def _inputs(texts: list[str]) -> tuple[TensorSpec, ...]:
     return tuple(map(TensorSpec.parse, texts))
 
@@ -331,8 +336,8 @@ def _dims(table: Mapping[str, Any]) -> dict[str, DimRange]:
     return dict(DimRange.parse(f"{name}={text}") for name, text in texts.items())
 
 
-def _preprocessing(settings: str | Mapping[str, Any]) -> Preprocessing:
-    return Preprocessing.parse(settings) if isinstance(settings, str) else Preprocessing.from_json(settings)
+def _preprocessing(settings: str | Mapping[str, Any]) -> AnyPreprocessing:
+    return parse_preprocessing(settings) if isinstance(settings, str) else preprocessing_from_json(settings)
 
 
 def _steps(steps: str | list[str]) -> tuple[str, ...]:
@@ -421,20 +426,20 @@ class _Key:
         attribute: Of `Given`.
         kind: What may stand there.
         read: Makes the attribute's value of it.
-        move: For what holds a path: the same text with its path moved.
+        move: For what may hold a path: the same with its path moved.
     """
 
     attribute: str
     kind: _Kind
     read: Callable[[Any], Any] = str
-    move: Callable[[str, _Move], str] | None = None
+    move: Callable[[Any, _Move], Any] | None = None
 
 
 _KEYS: Mapping[_Place, _Key] = {
     _Place("model", "source"): _Key("source", _TEXT, move=_moved_place),
     _Place("model", "inputs"): _Key("inputs", _TEXTS, _inputs),
     _Place("model", "dims"): _Key("dims", _RANGES, _dims),
-    _Place("samples", "preprocessing"): _Key("preprocessing", _SETTINGS, _preprocessing),
+    _Place("samples", "preprocessing"): _Key("preprocessing", _SETTINGS, preprocessing_from_json, _moved_settings),
     _Place("calibration", "data"): _Key("calibration", _TEXT, move=_moved_place),
     _Place("calibration", "statistics"): _Key("statistics", _TEXT, Path, lambda text, move: move(text)),
     _Place("calibration", "reader"): _Key("reader", _TEXT),

@@ -38,8 +38,10 @@ def require_metric(max_drop: float | None, metric: Metric | None, *, labelled: b
     """
     if max_drop is None:
         return
-    if math.isnan(max_drop):
-        raise InputError("The allowed drop is not a number.", "Give a number, for example --max-drop 0.01.")
+    if not math.isfinite(max_drop):
+        raise InputError(
+            f"The allowed drop is {max_drop}, not a number.", "Give a number, for example --max-drop 0.01."
+        )
     if metric is None:
         raise InputError(f"A drop of at most {max_drop:g} was asked for, but of no metric.", "Add --metric top1.")
     if not labelled:

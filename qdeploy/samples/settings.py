@@ -43,7 +43,7 @@ def converted(subject: str, values: Mapping[str, Any], conversions: Conversions,
             raise InputError(f"{subject.capitalize()} has no setting {key!r}.", suggestion(key, list(conversions)))
         try:
             settings[key] = None if value is None else conversions[key](value)
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             given = ",".join(map(str, value)) if isinstance(value, list) else value
             raise InputError(f"The {subject}'s {key} cannot be {given!r}.", f"For example: {example}") from error
     return settings

@@ -153,8 +153,10 @@ def _padding(tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
     raise InputError(what, "Leave out pad.")
 
 
-def _encode(tokenizer: Tokenizer, tokenization: Tokenization, *texts: str) -> dict[str, NDArray[Any]]:
-    encoding = tokenizer.encode(*texts)
+def _encode(
+    tokenizer: Tokenizer, tokenization: Tokenization, text: str, second: str | None = None
+) -> dict[str, NDArray[Any]]:
+    encoding = tokenizer.encode(text, second)
     length, limit = len(encoding.ids), tokenization.max_length
     if limit is not None and length > limit:  # so short that the package cannot cut to it
         what = f"A max_length of {limit} leaves no room for text beside the tokenizer's special tokens."

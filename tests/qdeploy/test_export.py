@@ -336,12 +336,14 @@ def test_a_module_of_other_floats_is_loaded_in_float32_with_a_note(dtype):
     module = nn.Linear(4, 3).to(dtype)
     before = states(module)
 
-    loaded = load(source(module, X.to(dtype)))
-
     name = str(dtype).removeprefix("torch.")
+    wanted = TensorSpec("image", name, ("n", 4))
+    loaded = load(ModelSource("Linear", "module", (wanted,), {}, module, X.to(dtype)))
+
     assert loaded.notes == (f"The module holds {name} values; it is exported in float32.",)
-    assert loaded.examples["input"].dtype == np.float32
-    np.testing.assert_array_equal(loaded.examples["input"], X.to(dtype).float())
+    assert loaded.source.inputs == specs("image=float32[n,4]")
+    assert loaded.examples["image"].dtype == np.float32
+    np.testing.assert_array_equal(loaded.examples["image"], X.to(dtype).float())
     assert str(states(module)) == str(before)
 
 
@@ -727,7 +729,8 @@ def test_equal_modules_give_equal_bytes_in_any_process(model_file, tmp_path):
     here, alone = tmp_path / "here", tmp_path / "alone"
     here.mkdir()
     alone.mkdir()
-    text = f"{model_file}:build"
+    # A name that no other test imports: the exporter writes down what Python calls the module.
+    text = f"{model_file.rename(tmp_path / 'alone.py')}:build"
 
     prepare(export(load(parsed(text)), [], here), here)
     # Another seed for hashes: sets are walked in another order.
@@ -735,7 +738,7 @@ def test_equal_modules_give_equal_bytes_in_any_process(model_file, tmp_path):
 
     for name in ("exported.onnx", "model.onnx"):
         assert (here / name).read_bytes() == (alone / name).read_bytes()
-    assert not any(path in (here / "model.onnx").read_bytes() for path in (b"net.py", b"site-packages"))
+    assert not any(path in (here / "model.onnx").read_bytes() for path in (b"alone.py", b"site-packages"))
 
 
 def test_a_large_model_is_written_with_external_data(tmp_path, monkeypatch, run_onnx):

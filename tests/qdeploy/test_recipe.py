@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
-from qdeploy.recipe import Given, Recipe, TargetRequest, merged, option_text, read_recipe, with_options
+from qdeploy.recipe import Given, Recipe, TargetRequest, merged, read_recipe, with_options
 from qdeploy.samples.preprocessing import Preprocessing
+from qdeploy.samples.tokenization import Tokenization
 from qdeploy.toml import toml_text
 
 SOURCE = ModelSource.parse(
@@ -203,6 +204,18 @@ def test_relative_paths_begin_at_the_files_folder(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("settings", ['{tokenizer = "words/tokenizer.json"}', '"tokenizer=words/tokenizer.json"'])
+def test_a_tokenizer_lies_beside_the_file_too(tmp_path, settings):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "recipe.toml").write_text(f"[samples]\npreprocessing = {settings}")
+
+    given = read_recipe(tmp_path / "a b" / "recipe.toml")
+
+    assert given.preprocessing == Tokenization(str(tmp_path / "a b" / "words" / "tokenizer.json"))
+    written = tomllib.loads(merged(given, Given(source="net.onnx")).as_toml(tmp_path))
+    assert written["samples"]["preprocessing"]["tokenizer"] == given.preprocessing.tokenizer
+
+
 def test_absolute_paths_stay(read):
     given = read('[model]\nsource = "/models/net.onnx"\n[parity]\nmetric = "/metrics.py:score"')
 
@@ -271,13 +284,6 @@ def test_options_are_for_targets_that_there_are():
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(True, "true"), (2, "2"), (0.5, "0.5"), ("a", "a"), (["a", False], "a,false"), ((1, 2), "1,2")]
-)
-def test_an_option_is_a_text_in_the_end(value, text):
-    assert option_text(value) == text
-
-
 PARITY_KEYS = "Known: metric, max_drop."
 TABLES = "Known: model, samples, calibration, quantization, evaluation, parity, target."
 ON_ITS_OWN = "Write its name in brackets on a line of its own, and its keys below."
@@ -301,7 +307,9 @@ MISTAKES = {
         "[calibration] samples is a number, a whole number is wanted. "
         "Write it without quotation marks, for example 100."
     ),
-    '[calibration]\ndata = "a\\u0000.npz"': "[calibration] data holds a null character. No path has one.",
+    '[calibration]\ndata = "a\\u0000.npz"': (
+        "[calibration] data: The path 'a\\x00.npz' holds a null character. No path has one."
+    ),
     "[calibration]\ndata = [1]": f"[calibration] data is a list, text is wanted. {IN_QUOTES}",
     "[calibration]\ndata = 2026-01-01": f"[calibration] data is a date or a time, text is wanted. {IN_QUOTES}",
     '[quantization]\nkeep = "first"': (
@@ -447,7 +455,10 @@ junk = st.recursive(
     | st.integers()
     | st.floats()
     | st.sampled_from(["1:1:8", "x=float32[3]", "net.onnx", "none", "resize=8"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["batch", "mean", "name", "é"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["batch", "mean", "name", "tokenizer", "columns", "rate", "é"]), inner)
+    ),
     max_leaves=6,
 )
 
