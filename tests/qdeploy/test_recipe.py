@@ -330,6 +330,9 @@ MISTAKES = {
     "[model]\ndims = {batch = [1, 8]}": (
         "[model] dims: --dim cannot be 'batch=1:8'. Write name=minimum:typical:maximum, for example batch=1:1:8."
     ),
+    '[samples]\npreprocessing = {tokenizer = "a", columns = [1, 2, 3]}': (
+        "[samples] preprocessing: The tokenization names 3 text columns: 1, 2, 3. Give one, or two for pairs."
+    ),
     "[samples]\npreprocessing = {resise = 8}": (
         "[samples] preprocessing: Preprocessing has no setting 'resise'. "
         "Did you mean 'resize'? Known: resize, crop, scale, mean, std, layout, color."
