@@ -228,10 +228,10 @@ def measure(
     first = next(iter(samples))
     measured = []
     for each, subject in zip(built, subjects, strict=True):
-        strayed = harness.stray_steps(subject, samples)
+        stray = harness.stray(model.path, subject, samples)
         with progress.step(f"Timing {subject.folder}"):
             times = harness.latency(subject, first)
-        measured.append(Measured(each, subject.runner.evidence, compared[subject.folder], strayed, times))
+        measured.append(Measured(each, subject.runner.evidence, compared[subject.folder], stray, times))
     return measured
 
 

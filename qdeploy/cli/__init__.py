@@ -69,6 +69,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """End the run by an exception, so that nothing half-written stays behind."""
     if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
         # Python's import system may swallow an exception and keep its lock for ever, so it comes a little later.
-        threading.Timer(0.01, signal.raise_signal, (number,)).start()
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
         return
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qdeploy.model import DimRange, ModelSource, TensorSpec
     from qdeploy.samples.preprocessing import Preprocessing
 
-DATA = "A folder of images, an .npz file, file.py:callable or package.module:callable"
+DATA = "A folder of images or .wav files, a .csv, .txt or .npz file, or file.py:callable"
 
 Source = Annotated[
     str | None,
@@ -72,7 +72,11 @@ Reader = Annotated[
 ]
 Metric = Annotated[
     str | None,
-    typer.Option("--metric", metavar="NAME", help="top1, top5 or file.py:callable; top1 where labels are classes."),
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="top1, top5, pearson, spearman or file.py:callable; top1 where labels are classes.",
+    ),
 ]
 MaxDrop = Annotated[
     float | None, typer.Option("--max-drop", metavar="X", help="The allowed drop of the metric: 0.01 is one point.")

@@ -21,7 +21,6 @@ def test_a_target_whose_package_is_missing_is_listed_with_its_cure(qdeploy, unbu
     assert ended.out.startswith(
         "abacus  missing: The target 'abacus' needs the package 'abacus_runtime', which is not installed.\n"
         "  to get it   Install it: pip install abacus_runtime\n"
-        "ort-cpu  available\n"
     )
 
 
@@ -86,6 +85,7 @@ Erf
 
 
 def test_an_unknown_target(qdeploy):
-    ended = qdeploy("backends", "--ops", "tensorflow")
+    ended = qdeploy("backends", "--ops", "xyz")
 
-    assert (ended.code, ended.err) == (2, "error: Unknown target 'tensorflow'.\nKnown: ort-cpu.\n")
+    assert ended.code == 2
+    assert ended.err.startswith("error: Unknown target 'xyz'.\nKnown: ")

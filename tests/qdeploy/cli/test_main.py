@@ -1,10 +1,14 @@
 """What every command shares: how it ends, and what it says then."""
 
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from qdeploy import cli
 from qdeploy.cli import Terminated, app
 from qdeploy.errors import InputError, InternalError, UnavailableError
 
@@ -130,3 +134,33 @@ def test_a_reader_that_went_away_is_no_error(arguments, bundle, program):
     ended = program(arguments.replace("BUNDLE", str(bundle)), stdout=reader.stdin)
 
     assert (ended.code, ended.err) == (141, "")
+
+
+@pytest.fixture
+def handlers():
+    """Puts the signal handlers back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_ends_a_run_but_not_inside_the_import_system(number, kind):
+    signal.signal(number, cli._stop)
+    importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"))
+
+    cli._stop(number, importing)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        time.sleep(5)
+
+    assert caught.type is kind
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_interrupt_that_is_ignored_stays_so(qdeploy):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a job in the background
+
+    assert qdeploy("--version").code == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
