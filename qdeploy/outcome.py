@@ -140,6 +140,7 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     layers = {each.built.job.folder: each.built.artifact.layers for each in outcome.measured}
     for folder, each in layers.items():
         (bundle / folder / LAYERS).write_text(Layers(layers=each).text(), "utf-8")
+    (bundle / "recipe.toml").write_text(outcome.recipe.as_toml(bundle), "utf-8")
     (bundle / "report.json").write_text(report.text(), "utf-8")
     (bundle / "report.html").write_text(render(report, layers), "utf-8")
     seal(bundle, _manifest(outcome))

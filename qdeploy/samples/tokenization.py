@@ -107,7 +107,7 @@ def _truth(value: Any) -> bool:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    return tuple(value.split(",") if isinstance(value, str) else value)
+    return tuple(value.split(",") if isinstance(value, str) else map(str, value))
 
 
 _CONVERSIONS: Conversions = {

@@ -132,6 +132,7 @@ def test_a_bundle_holds_all_that_was_promised_and_nothing_else(bundle):
         "ort-cpu-fp32/model.onnx",
         "ort-cpu/layers.json",
         "ort-cpu/model.onnx",
+        "recipe.toml",
         "report.html",
         "report.json",
     ]
@@ -550,6 +551,7 @@ def test_a_run_without_any_target_that_can_be_built_has_a_report_all_the_same(pl
         "float/model.onnx",
         "golden/inputs.npz",
         "golden/outputs.npz",
+        "recipe.toml",
         "report.html",
         "report.json",
     ]

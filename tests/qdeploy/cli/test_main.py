@@ -60,7 +60,11 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(ending_with, error):
     [
         (["exprot"], "No such command 'exprot'. Did you mean 'export'?\nSee qdeploy --help."),
         (["--loud"], "No such option: --loud\nSee qdeploy --help."),
-        (["export", "net.onnx"], "Missing option '--target'.\nSee qdeploy export --help."),
+        (["export", "net.onnx"], "There is no target.\nAdd --target NAME, for example --target ort-cpu."),
+        (
+            ["export", "--target", "ort-cpu"],
+            "There is no model.\nName SOURCE, or --recipe FILE with a source under [model].",
+        ),
         (["bench"], "Missing argument 'MODEL|BUNDLE'.\nSee qdeploy bench --help."),
         (["calibrate", "net.onnx"], "Missing option '--output' / '-o'.\nSee qdeploy calibrate --help."),
     ],
