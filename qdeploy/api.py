@@ -15,7 +15,7 @@ from qdeploy.backend import Arrays, Backend, Runner, option_text, parse_options
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
 from qdeploy.recipe import Recipe, TargetRequest, with_options
-from qdeploy.samples.preprocessing import Preprocessing
+from qdeploy.samples.kinds import AnyPreprocessing, parse_preprocessing
 from qdeploy.scheme import QuantContract
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
     evaluation: Any = None,
     input_names: Sequence[str] | None = None,
     dims: Mapping[str, tuple[int, int, int]] | None = None,
-    preprocessing: Preprocessing | str | None = None,
+    preprocessing: AnyPreprocessing | str | None = None,
     samples: int | None = None,
     reader: str = "mse",
     granularity: Literal["per-channel", "per-tensor"] = "per-channel",
@@ -93,7 +93,7 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
         input_names: What to call the arguments of forward, in order. A name alone takes type and shape from the
             example; as "image=float32[batch,3,224,224]" it states them, and a dimension that is a name is dynamic.
         dims: Minimum, typical and maximum of the dynamic dimensions, by name: {"batch": (1, 1, 8)}.
-        preprocessing: How images become inputs.
+        preprocessing: How files become inputs, as a value or as --preprocess has it.
         samples: Most calibration samples to use.
         reader: The calibration reader.
         granularity: Of the weights.
@@ -109,7 +109,7 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
         UnavailableError: A package that is needed is not installed.
     """
     if isinstance(preprocessing, str):
-        preprocessing = Preprocessing.parse(preprocessing)
+        preprocessing = parse_preprocessing(preprocessing)
     recipe = Recipe(
         source=_source(model, example_inputs, input_names or (), dims or {}),
         targets=with_options(

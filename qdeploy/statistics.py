@@ -250,8 +250,9 @@ class Statistics:
             InputError: The file is missing, damaged, or not a statistics file.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            # Opened here, since numpy leaves a damaged file open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+                arrays = {name: members[name] for name in members.files}
             return _from_arrays(arrays)
         except FileNotFoundError as error:
             raise InputError(f"There is no statistics file {path}.", "Make one with qdeploy calibrate.") from error

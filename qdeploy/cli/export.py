@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
+from typing import TYPE_CHECKING
 
 from qdeploy.cli import options
 from qdeploy.cli.bars import progress
@@ -18,49 +16,23 @@ if TYPE_CHECKING:
 def export(  # noqa: PLR0913 - one parameter an option
     source: options.Source = None,
     *,
-    target: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME[:PRECISION]",
-            help="What to build for; see qdeploy backends.",
-            show_default=False,
-            default_factory=list,
-        ),
-    ],
+    target: options.Targets,
     recipe: options.Recipe = None,
     calibration: options.Calibration = None,
-    statistics: Annotated[
-        Path | None, typer.Option(metavar="STATS", help="What qdeploy calibrate wrote, instead of --calibration.")
-    ] = None,
+    statistics: options.StatisticsFile = None,
     evaluation: options.Evaluation = None,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
     reader: options.Reader = None,
-    granularity: Annotated[
-        Literal["per-channel", "per-tensor"] | None,
-        typer.Option(help="One scale for each channel of a weight, or for all.", show_default="per-channel"),
-    ] = None,
-    recover: Annotated[
-        str | None,
-        typer.Option(
-            metavar="none|STEP,...", help="Steps that win back accuracy.", show_default="bias-correction for int8"
-        ),
-    ] = None,
-    keep: Annotated[
-        list[str],
-        typer.Option(
-            metavar="PATTERN", help="Leave nodes float: first, last, or a name with * and ?.", default_factory=list
-        ),
-    ],
+    granularity: options.Granularity = None,
+    recover: options.Recover = None,
+    keep: options.Keep,
     metric: options.Metric = None,
     max_drop: options.MaxDrop = None,
     inputs: options.Inputs,
     dims: options.Dims,
-    setting: Annotated[
-        list[str],
-        typer.Option("--set", metavar="BACKEND.OPTION=VALUE", help="An option of a target.", default_factory=list),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle to write.")] = Path("out"),
+    setting: options.Settings,
+    output: options.Output = Path("out"),
     force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

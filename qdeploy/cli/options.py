@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ from qdeploy.errors import InputError
 
 if TYPE_CHECKING:
     from qdeploy.model import DimRange, ModelSource, TensorSpec
-    from qdeploy.samples.preprocessing import Preprocessing
+    from qdeploy.samples.kinds import AnyPreprocessing
 
 DATA = "A folder of images or .wav files, a .csv, .txt or .npz file, or file.py:callable"
 
@@ -35,6 +35,56 @@ ModelOrBundle = Annotated[
     Path,
     typer.Argument(metavar="MODEL|BUNDLE", help="An ONNX file, or a folder that export wrote.", show_default=False),
 ]
+Targets = Annotated[
+    list[str],
+    typer.Option(
+        "--target",
+        metavar="NAME[:PRECISION]",
+        help="What to build for; see qdeploy backends.",
+        default_factory=list,
+        show_default=False,
+    ),
+]
+StatisticsFile = Annotated[
+    Path | None,
+    typer.Option("--statistics", metavar="STATS", help="What qdeploy calibrate wrote, instead of --calibration."),
+]
+Granularity = Annotated[
+    Literal["per-channel", "per-tensor"] | None,
+    typer.Option(
+        "--granularity", help="One scale for each channel of a weight, or for all.", show_default="per-channel"
+    ),
+]
+Recover = Annotated[
+    str | None,
+    typer.Option(
+        "--recover",
+        metavar="none|STEP,...",
+        help="Steps that win back accuracy.",
+        show_default="bias-correction for int8",
+    ),
+]
+Keep = Annotated[
+    list[str],
+    typer.Option(
+        "--keep",
+        metavar="PATTERN",
+        help="Leave nodes float: first, last, or a name with * and ?.",
+        default_factory=list,
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="BACKEND.OPTION=VALUE",
+        help="An option of a target.",
+        default_factory=list,
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle to write.")]
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -42,12 +92,17 @@ Inputs = Annotated[
         metavar="SPEC",
         help="An input's name, type and dimensions, as in 'image=float32\\[batch,3,224,224]'; a name is dynamic.",
         default_factory=list,
+        show_default=False,
     ),
 ]
 Dims = Annotated[
     list[str],
     typer.Option(
-        "--dim", metavar="NAME=MIN:TYPICAL:MAX", help="The range of a dynamic dimension.", default_factory=list
+        "--dim",
+        metavar="NAME=MIN:TYPICAL:MAX",
+        help="The range of a dynamic dimension.",
+        default_factory=list,
+        show_default=False,
     ),
 ]
 Calibration = Annotated[
@@ -58,7 +113,11 @@ Evaluation = Annotated[
 ]
 Preprocess = Annotated[
     str | None,
-    typer.Option("--preprocess", metavar="SETTINGS", help="How images become inputs: 'resize=256 crop=224 mean=0.5'."),
+    typer.Option(
+        "--preprocess",
+        metavar="SETTINGS",
+        help="How files become inputs: 'resize=256 crop=224 mean=0.5', 'tokenizer=tok/' or 'rate=16000 length=16000'.",
+    ),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", metavar="N", help="Most calibration samples to use.")]
 Reader = Annotated[
@@ -109,11 +168,11 @@ def ranges(texts: list[str]) -> dict[str, DimRange]:
     return dict(map(DimRange.parse, texts))
 
 
-def preprocessing(text: str | None) -> Preprocessing | None:
+def preprocessing(text: str | None) -> AnyPreprocessing | None:
     """What --preprocess says."""
-    from qdeploy.samples.preprocessing import Preprocessing
+    from qdeploy.samples.kinds import parse_preprocessing
 
-    return None if text is None else Preprocessing.parse(text)
+    return None if text is None else parse_preprocessing(text)
 
 
 def settings(texts: list[str]) -> dict[str, dict[str, str]]:

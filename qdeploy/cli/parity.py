@@ -39,14 +39,14 @@ def _recipe(path: Path, evaluation: str | None, metric: str | None, max_drop: fl
     from qdeploy.bundle.load import open_bundle
     from qdeploy.model import ModelSource
     from qdeploy.recipe import Recipe, TargetRequest
-    from qdeploy.samples.preprocessing import Preprocessing
+    from qdeploy.samples.kinds import preprocessing_from_json
 
     manifest = open_bundle(path).manifest
     return Recipe(
         source=ModelSource(str(path / "float" / "model.onnx"), "onnx", manifest.inputs, manifest.dims),
         targets=tuple(TargetRequest(target.target, target.precision) for target in manifest.targets),
         evaluation=evaluation or str(path / "golden" / "inputs.npz"),
-        preprocessing=Preprocessing.from_json(manifest.preprocessing) if manifest.preprocessing else None,
+        preprocessing=preprocessing_from_json(manifest.preprocessing) if manifest.preprocessing else None,
         metric=metric,
         max_drop=max_drop,
     )

@@ -75,7 +75,7 @@ def open_text(
     """
     if tokenization is None:
         what = f"The file {path} holds text, and nothing says how it becomes the model's inputs."
-        raise InputError(what, f"Give --tokenizer, or preprocessing in the recipe, for example: {EXAMPLE}")
+        raise InputError(what, f"Give --preprocess, or preprocessing in the recipe, for example: {EXAMPLE}")
     encode = tokenization.encoder()
     first, count, label_type = _survey(path, tokenization)
     parts = 2 if tokenization.pairs == "apart" and len(first.texts) == 2 else 1

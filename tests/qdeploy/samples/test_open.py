@@ -98,7 +98,7 @@ def test_an_open_source_is_taken_as_it_is(data):
         ("mixed", "The folder mixed holds files of more than one kind. Give one with files of one kind: .jpg"),
         ("photos", "nothing says how they become the model's input. Give --preprocess"),
         ("clips", "The folder clips holds audio, and nothing says how it is cut into the model's inputs. Give --pre"),
-        ("x.csv", "The file x.csv holds text, and nothing says how it becomes the model's inputs. Give --tokenizer"),
+        ("x.csv", "The file x.csv holds text, and nothing says how it becomes the model's inputs. Give --preprocess"),
         ("source_of_samples.py", "Samples cannot be read from the file source_of_samples.py. Give a folder"),
         ("y.npz", "There is no file y.npz."),
         ("source_of_samples.py:sample", "Did you mean 'samples'? Known: samples."),

@@ -151,7 +151,7 @@ def test_a_missing_file_is_named(tmp_path, opened):
 
 
 def test_a_tokenizer_is_asked_for(tmp_path):
-    with pytest.raises(InputError, match=r"nothing says how it becomes the model's inputs\. Give --tokenizer"):
+    with pytest.raises(InputError, match=r"nothing says how it becomes the model's inputs\. Give --preprocess"):
         open_text(tmp_path / "data.csv", NAMES, None, None)
 
 
