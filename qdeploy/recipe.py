@@ -11,9 +11,6 @@ from qdeploy.errors import InputError
 from qdeploy.model import ModelSource
 from qdeploy.samples.preprocessing import Preprocessing
 
-CALIBRATED = ("int8", "int8-fp16")
-"""Precisions that need ranges; the others skip calibration."""
-
 
 @dataclass(frozen=True)
 class TargetRequest:

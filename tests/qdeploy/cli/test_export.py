@@ -227,7 +227,7 @@ MISTAKES = {
         f"Unknown target 'ort-cpi'.\nDid you mean 'ort-cpu'? {known('ort-cpu')}"
     ),
     "quantize net.onnx --target ort-cpu:int9 --calibration samples.npz": (
-        "ort-cpu does not take the precision 'int9'.\nIt takes: int8, fp32."
+        "ort-cpu does not take the precision 'int9'.\nIt takes: int8, int8-dynamic, int8-weights, fp16, fp32."
     ),
     "quantize net.onnx --target ort-cpu --target ort-cpu:int8 --calibration samples.npz": (
         "The target ort-cpu:int8 is asked for twice.\nName it once."
@@ -252,8 +252,7 @@ MISTAKES = {
     ),
     f"quantize {NET} --evaluation gone.npz": "There is no file gone.npz.\nCheck the path.",
     f"quantize {NET} --reader mes": (
-        "Unknown calibration reader 'mes'.\n"
-        f"Did you mean 'mse'? {known('entropy', 'minmax', 'mse', 'percentile')}"
+        f"Unknown calibration reader 'mes'.\nDid you mean 'mse'? {known('entropy', 'minmax', 'mse', 'percentile')}"
     ),
     f"quantize {NET} --reader percentile:most": (
         "The calibration reader 'percentile' cannot take the parameter 'most'.\n"
@@ -262,8 +261,7 @@ MISTAKES = {
     f"quantize {NET} --metric top2": f"Unknown metric 'top2'.\nDid you mean 'top5'? {known('top1', 'top5')}",
     f"quantize {NET} --metric gone.py:metric": "There is no file gone.py.\nCheck the path before the colon.",
     f"quantize {NET} --recover bias-corection": (
-        "Unknown recovery step 'bias-corection'.\n"
-        f"Did you mean 'bias-correction'? {known('none', 'bias-correction')}"
+        f"Unknown recovery step 'bias-corection'.\nDid you mean 'bias-correction'? {known('none', 'bias-correction')}"
     ),
     f"quantize {NET} --set threads=2": (
         "--set cannot be 'threads=2'.\nWrite BACKEND.OPTION=VALUE, for example ort-cpu.threads=2."
@@ -275,9 +273,7 @@ MISTAKES = {
     f"quantize {NET} --set ort-cpu.treads=2": (
         f"ort-cpu has no option 'treads'.\nDid you mean 'threads'? {known('threads', 'graph_level')}"
     ),
-    f"quantize {NET} --set ort-cpu.threads=many": (
-        "The option ort-cpu.threads cannot be 'many'.\nIt takes: int."
-    ),
+    f"quantize {NET} --set ort-cpu.threads=many": ("The option ort-cpu.threads cannot be 'many'.\nIt takes: int."),
     f"quantize {NET} --keep conv9": (
         "Nothing in the model matches --keep 'conv9'.\nDid you mean 'conv'? Known: conv, k, classifier, w."
     ),
@@ -333,7 +329,9 @@ def test_a_damaged_model_is_named(here, left, qdeploy):
 
 
 def test_a_quantized_model_is_refused(here, bundle, qdeploy):
-    ended = qdeploy("quantize", bundle / "ort-cpu" / "model.onnx", "--target", "ort-cpu", "--calibration", "samples.npz")
+    ended = qdeploy(
+        "quantize", bundle / "ort-cpu" / "model.onnx", "--target", "ort-cpu", "--calibration", "samples.npz"
+    )
 
     assert (ended.code, ended.err) == (
         2,
