@@ -304,8 +304,7 @@ def _hosts(original: ir.Model, optimized: ir.Model) -> dict[str, ir.Node]:
     built = {_without_marks(str(node.name)): node for node in reversed(list(optimized.graph.all_nodes()))}
     hosts: dict[str, ir.Node] = {}
     for node in original.graph.all_nodes():
-        result = f"{questions.result_of(node).name}_nchwc"
-        host = built.get(str(node.name)) or built.get(result) or built.get(f"InsertedPrecisionFreeCast_{result}")
+        host = built.get(str(node.name)) or built.get(f"{questions.result_of(node).name}_nchwc")
         if host is None:
             before = [hosts[name] for name in _producers(node) if name in hosts]
             last = max(before, key=lambda found: order[id(found)], default=None)

@@ -88,7 +88,7 @@ class Form(StrEnum):
     WEIGHTS = "weights"
     """Integer weights; activations stay float."""
     HALF = "half"
-    """Float16 inside, with the float32 inputs and outputs of the float model."""
+    """Weights in float16, each behind a Cast to float32."""
 
 
 @dataclass(frozen=True)
