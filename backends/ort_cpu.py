@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,11 +176,13 @@ class OrtCpu(Backend):
     def lower(self, model: FloatModel | QuantizedModel, precision: str, directory: Path, options: Options) -> Artifact:
         """Copy the model, load it, and read from the graph that ORT made of it what each node became."""
         main = copy_model(model.path, directory)
-        with tempfile.TemporaryDirectory(prefix="qdeploy-") as scratch:
-            optimized = Path(scratch) / "optimized.onnx"
+        optimized = directory / "optimized.onnx"  # here for a moment: it refers to the model's external data
+        try:
             open_session(main, threads=options.threads, graph_level=options.graph_level, optimized=optimized)
             origin = model.float_model if isinstance(model, QuantizedModel) else model
             layers = _layers(questions.load_graph(origin.path), questions.load_graph(optimized))
+        finally:
+            optimized.unlink(missing_ok=True)
         return Artifact(self.name, precision, directory, main.name, layers)
 
     def open(self, artifact: Artifact, options: Options) -> Runner:
@@ -304,7 +305,8 @@ def _hosts(original: ir.Model, optimized: ir.Model) -> dict[str, ir.Node]:
     built = {_without_marks(str(node.name)): node for node in reversed(list(optimized.graph.all_nodes()))}
     hosts: dict[str, ir.Node] = {}
     for node in original.graph.all_nodes():
-        host = built.get(str(node.name)) or built.get(f"{questions.result_of(node).name}_nchwc")
+        blocked = (f"{value.name}_nchwc" for value in (questions.result_of(node), node.outputs[0]))
+        host = next((built[name] for name in (str(node.name), *blocked) if name in built), None)
         if host is None:
             before = [hosts[name] for name in _producers(node) if name in hosts]
             last = max(before, key=lambda found: order[id(found)], default=None)

@@ -8,9 +8,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -131,13 +132,15 @@ def _print_readers(model: FloatModel, samples: list[Sample], path: Path) -> None
 def _print_costs(model: FloatModel, samples: list[Sample], counts: Sequence[int], saved: SavedInputs) -> None:
     """From the float model to the INT8 file, each in a process of its own, samples streamed from files."""
     few = min(counts)
-    tasks = [("plain inference", few, plain_inference_cost, ())]
-    tasks += [("qdeploy: mse, bias correction", count, qdeploy_cost, ()) for count in counts]
-    tasks += [(f"ORT quantize_static: {method}", few, ort_cost, (method,)) for method in ORT_METHODS]
+    tasks: list[tuple[str, int, Callable[[FloatModel, SavedInputs], Cost]]] = [
+        ("plain inference", few, plain_inference_cost),
+        *(("qdeploy: mse, bias correction", count, qdeploy_cost) for count in counts),
+        *((f"ORT quantize_static: {method}", few, partial(ort_cost, method=method)) for method in ORT_METHODS),
+    ]
     rows = []
-    for name, count, task, more in tasks:
+    for name, count, task in tasks:
         inferring = inference_seconds(model, samples[:count])
-        cost = in_new_process(task, model, replace(saved, count=count), *more)
+        cost = in_new_process(task, model, replace(saved, count=count))
         ratio = f"{cost.seconds / inferring:.1f}"
         rows.append((name, f"{count}", f"{cost.seconds:.2f} s", ratio, f"{cost.peak_mb:,.0f} MB"))
     print_table(("Calibrate and quantize", "Samples", "Time", "Over plain inference", "Peak memory"), rows)

@@ -7,7 +7,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def _cells(baseline: Latency, latency: Latency) -> tuple[str, ...]:
     return (*percentiles, f"**{ratio:.2f}×**", f"{low:.2f} to {high:.2f}")
 
 
-def _by_turns(runs: Mapping[str, "partial[object]"], rounds: int) -> dict[str, float]:
+def _by_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds when every run follows one of another model, whose weights then fill the caches."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Writes command-line.md from the commands themselves: python docs/generate.py."""  # noqa: INP001 - a script, no package
+"""Writes command-line.md from the commands themselves: python docs/generate.py."""
 
 import re
 from collections.abc import Iterator

@@ -178,7 +178,7 @@ def sqnr_from_energies(signal: float, noise: float) -> float:
     """SQNR in dB from the two sums of squares, so that it can be accumulated over samples."""
     if noise == 0.0:
         return float("inf")
-    if signal == 0.0:
+    if signal == 0.0 or noise == float("inf"):
         return float("-inf")
     return 10.0 * float(np.log10(signal / noise))
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from qdeploy import pipeline, registry
-from qdeploy.backend import Arrays, Backend, Runner, parse_options
+from qdeploy.backend import Arrays, Backend, Runner, option_text, parse_options
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
-from qdeploy.recipe import Recipe, TargetRequest
-from qdeploy.registry import suggestion
+from qdeploy.recipe import Recipe, TargetRequest, with_options
 from qdeploy.samples.preprocessing import Preprocessing
 from qdeploy.scheme import QuantContract
 
@@ -113,7 +112,10 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
         preprocessing = Preprocessing.parse(preprocessing)
     recipe = Recipe(
         source=_source(model, example_inputs, input_names or (), dims or {}),
-        targets=target_requests([targets] if isinstance(targets, str) else targets, options or {}),
+        targets=with_options(
+            map(TargetRequest.parse, [targets] if isinstance(targets, str) else targets),
+            {name: {key: option_text(value) for key, value in each.items()} for name, each in (options or {}).items()},
+        ),
         calibration=calibration,
         statistics=None if statistics is None else Path(statistics),
         evaluation=evaluation,
@@ -147,32 +149,7 @@ def contract(target: str, precision: str = "", **options: Any) -> QuantContract:
     if precision not in backend.precisions:
         what = f"{target} does not take the precision {precision!r}."
         raise InputError(what, f"It takes: {', '.join(backend.precisions)}.")
-    return backend.contract(precision, parse_options(kind, {key: _text(value) for key, value in options.items()}))
-
-
-def target_requests(targets: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> tuple[TargetRequest, ...]:
-    """Targets as "name" or "name:precision", each with the options of its name.
-
-    Raises:
-        InputError: Options of a target that is not among them.
-    """
-    texts = {name: {key: _text(value) for key, value in values.items()} for name, values in options.items()}
-    requests = [TargetRequest.parse(target) for target in targets]
-    requests = [TargetRequest(each.name, each.precision, texts.get(each.name, {})) for each in requests]
-    names = [each.name for each in requests]
-    for name in texts:
-        if name not in names:
-            raise InputError(
-                f"Options are given for {name!r}, which is not a target of this run.", suggestion(name, names)
-            )
-    return tuple(requests)
-
-
-def _text(value: Any) -> str:
-    """An option's value as on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return backend.contract(precision, parse_options(kind, {key: option_text(value) for key, value in options.items()}))
 
 
 def _source(

@@ -176,6 +176,13 @@ def _parse_value(target: str, key: str, text: str, wanted: Any) -> Any:
     raise InputError(f"The option {target}.{key} cannot be {text!r}.", f"It takes: {takes}.")
 
 
+def option_text(value: Any) -> str:
+    """An option's value as `parse_options` takes it: true or false, commas between the parts of a tuple."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def input_arrays(inputs: Arrays) -> dict[str, NDArray[Any]]:
     """Inputs made contiguous, as runtimes want them."""
     return {name: np.ascontiguousarray(array) for name, array in inputs.items()}

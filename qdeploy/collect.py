@@ -29,6 +29,7 @@ from qdeploy.session import open_session
 from qdeploy.statistics import Statistics, TensorStatistics
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import onnxruntime
 
 LAST_PART = 0.1
@@ -55,9 +56,10 @@ def collect(
         InputError: There are no samples, or the model fails on one of them.
     """
     workers = workers or os.cpu_count() or 1
-    axes = observed_tensors(load_graph(model.path))
+    graph = load_graph(model.path)
+    axes = observed_tensors(graph)
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as directory:
-        session = open_session(_observation_graph(model, Path(directory)), threads=1)
+        session = open_session(_observation_graph(graph, axes, Path(directory)), threads=1)
         idle: SimpleQueue[_Worker] = SimpleQueue()
         pool_of_workers = [_Worker(session, axes) for _ in range(workers)]
         for worker in pool_of_workers:
@@ -74,7 +76,7 @@ def collect(
 
 
 _Pass = tuple[str, list[int], NDArray[np.int32]]
-"""One sample's digest, its labels, and the keys of each tensor's extremes so far, int32 [tensors, 2]."""
+"""One sample's digest, its classes, and the keys of each tensor's extremes so far, int32 [tensors, 2]."""
 
 
 def _run(
@@ -135,8 +137,7 @@ class _Worker:
                 self._tallies[name] = Tally(name, axis if array.ndim else None, channels)
             self._tallies[name].add(array)
             keys[place] = self._tallies[name].extreme_keys
-        labels = [] if sample.labels is None else [int(label) for label in sample.labels.flat]
-        return sample_digest(sample.inputs), labels, keys
+        return sample_digest(sample.inputs), _classes(sample.labels), keys
 
     def _observe(self, inputs: Arrays) -> list[NDArray[Any]]:
         """The observed outputs. The arrays of one run are written again by the next of the same input shapes.
@@ -168,12 +169,16 @@ class _Worker:
         return {name: tally.statistics() for name, tally in self._tallies.items()}
 
 
-def _observation_graph(model: FloatModel, directory: Path) -> Path:
-    """The model with every observed tensor as one more output."""
-    graph = load_graph(model.path)
+def _classes(labels: NDArray[Any] | None) -> list[int]:
+    """Labels that stand for classes; real numbers stand for none."""
+    return labels.reshape(-1).tolist() if labels is not None and labels.dtype.kind in "iu" else []
+
+
+def _observation_graph(graph: ir.Model, observed: Iterable[str], directory: Path) -> Path:
+    """Write the graph with every observed tensor as one more output."""
     present = {value.name for value in (*graph.graph.inputs, *graph.graph.outputs)}
     computed = {value.name: value for node in graph.graph for value in node.outputs}
-    graph.graph.outputs.extend(computed[name] for name in observed_tensors(graph) if name not in present)
+    graph.graph.outputs.extend(computed[name] for name in observed if name not in present)
     path = directory / "observed.onnx"
     save_graph(graph, path)
     return path

@@ -45,7 +45,7 @@ def kernel() -> Kernel:
     """The compiled loop, or the numpy one without numba. Returns whether all values were finite.
 
     Arguments: values [outer, channels, inner]; the same memory as int32; table [bins, lanes]; low and high keys
-    [channels] and sums in limbs [channels, 4], all three updated in place unless a value was not finite.
+    [channels] and sums in limbs [channels, 5], all three updated in place unless a value was not finite.
     """
     try:
         from qdeploy.counting_numba import tally

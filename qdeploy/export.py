@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +82,10 @@ def load(source: ModelSource) -> LoadedModel:
         raise InputError(what, "Return the module, or the module and a tuple of example inputs.")
     module, notes = _for_inference(module)
     named = _named_examples(examples, source, module)
-    if notes:
+    if notes:  # what was said of its inputs, and given, was meant for the module as it was
+        floats = ("float16", "bfloat16", "float64")
+        inputs = tuple(replace(s, dtype="float32") if s.dtype in floats else s for s in source.inputs)
+        source = replace(source, inputs=inputs)
         named = {name: a.astype(np.float32) if a.dtype.kind == "f" else a for name, a in named.items()}
     names = tuple(spec.name for spec in source.inputs) or tuple(named) or _required(module)
     if not names:
@@ -406,9 +409,9 @@ def _check_against(eager: EagerRunner, model: FloatModel, samples: list[Sample])
 
 
 def _sqnr_of_finite(reference: NDArray[Any], array: NDArray[Any]) -> float:
-    """SQNR in dB over the reference's finite values; −inf unless NaN and infinities (masks) are where it has them."""
+    """SQNR in dB over the finite values; −inf unless NaN and infinities (masks) are where the reference has them."""
     finite = np.isfinite(reference)
-    if not np.array_equal(reference[~finite], array[~finite], equal_nan=True):
+    if not np.array_equal(np.where(finite, 0, reference), np.where(np.isfinite(array), 0, array), equal_nan=True):
         return float("-inf")
     return sqnr_db(reference[finite], array[finite])
 

@@ -58,7 +58,7 @@ def load_graph(path: Path) -> ir.Model:
                 value.const_value.release()
     except FileNotFoundError as error:
         raise InputError(f"There is no model file {error.filename or path}.", "Check the path.") from error
-    except (DecodeError, ValueError, TypeError, OSError, UnicodeDecodeError) as error:
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not an ONNX model, or is damaged ({error}).", "Export it anew.") from error
     if not model.opset_imports or not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it has no operator set or no outputs.", "Export it anew.")
@@ -273,7 +273,7 @@ def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> boo
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             return bias is None or stored_constant(bias) is not None
         case Condition.NEAREST:
-            return str(node.attributes.get_string("mode", "nearest")) == "nearest"
+            return bool(node.attributes.get_string("mode", "nearest") == "nearest")
         case Condition.BETWEEN_QUANTIZED:
             operands = [name_of(value) for _, value in real_inputs(node)]
             return len(operands) > 0 and all(name in quantized for name in operands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ from qdeploy.parity import harness
 from qdeploy.parity.compare import Comparison
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric
-from qdeploy.parity.verdict import budget_warning, judge
+from qdeploy.parity.verdict import Stray, budget_warning, judge
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.report.environment import environment, package_version
-from qdeploy.samples.source import SampleSource
+from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
@@ -91,7 +92,7 @@ class Measured:
     built: Built
     evidence: Evidence
     comparison: Comparison
-    strayed: float | None
+    stray: Stray | None
     times: tuple[Latency, Latency] | None
 
 
@@ -123,6 +124,11 @@ class Outcome:
     lookups: list[Job | Unavailable]
     measured: list[Measured]
 
+    @cached_property
+    def first(self) -> Sample:
+        """The first evaluation sample, on which latency is measured."""
+        return next(iter(self.samples.evaluation))
+
 
 def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     """Write everything of a bundle but the artifacts, which are there already, and seal it."""
@@ -141,6 +147,7 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     layers = {each.built.job.folder: each.built.artifact.layers for each in outcome.measured}
     for folder, each in layers.items():
         (bundle / folder / LAYERS).write_text(Layers(layers=each).text(), "utf-8")
+    (bundle / "recipe.toml").write_text(outcome.recipe.as_toml(bundle), "utf-8")
     (bundle / "report.json").write_text(report.text(), "utf-8")
     (bundle / "report.html").write_text(render(report, layers), "utf-8")
     seal(bundle, _manifest(outcome))
@@ -193,8 +200,8 @@ def _reference(outcome: Outcome) -> Reference:
         eager = rows.eager_row(harness.against_eager(model.path, runner, outcome.samples.evaluation))
     latency = None
     if any(each.times is not None for each in outcome.measured):
-        inputs = next(iter(outcome.samples.evaluation)).inputs
-        times = harness.latencies({harness.FLOAT: SessionRunner(model.path)}, inputs)[harness.FLOAT]
+        runners = {harness.FLOAT: SessionRunner(model.path)}
+        times = harness.latencies(runners, outcome.first.inputs)[harness.FLOAT]
         latency = rows.latency_row(times, 0, _batch(outcome))
     return schema.Reference(
         size_bytes=size_of_files(model_files(model.path)),
@@ -205,7 +212,7 @@ def _reference(outcome: Outcome) -> Reference:
 
 
 def _batch(outcome: Outcome) -> int:
-    first = next(iter(next(iter(outcome.samples.evaluation)).inputs.values()))
+    first = next(iter(outcome.first.inputs.values()))
     return int(first.shape[0]) if first.ndim else 1
 
 
@@ -217,13 +224,11 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         measured.comparison,
         max_drop=outcome.recipe.max_drop,
         violations=built.violations,
-        strayed_lsb=measured.strayed,
+        stray=measured.stray,
         tolerance_lsb=job.backend.tolerance_lsb,
     )
     size = rows.artifact_bytes(built.artifact, besides=LAYERS)
     calibrated = outcome.statistics is not None and job.calibrated
-    budget = outcome.recipe.max_drop
-    warning = budget_warning(budget, measured.comparison.samples) if budget is not None else None
     return schema.Target(
         target=job.backend.name,
         precision=job.precision,
@@ -236,11 +241,20 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         quantized_ops=rows.quantized_ops(built.artifact),
         steps=tuple(schema.Step(name=name) for name in (job.steps if calibrated else ())),
         options=rows.plain(job.options),
-        warnings=(warning,) if warning else (),
+        warnings=tuple(_warnings(outcome, measured)),
         **rows.verdict_fields(verdict, measured.evidence, [outcome.samples.remark] if outcome.samples.remark else []),
         **rows.accuracy_fields(measured.comparison),
         **rows.speed_fields(measured.times, getattr(job.options, "threads", None), _batch(outcome)),
     )
+
+
+def _warnings(outcome: Outcome, measured: Measured) -> Iterator[str]:
+    budget, stray = outcome.recipe.max_drop, measured.stray
+    if budget is not None and (warning := budget_warning(budget, measured.comparison.samples)):
+        yield warning
+    tolerance = measured.built.job.backend.tolerance_lsb
+    if stray is not None and stray.steps > tolerance and not stray.exceeds(tolerance):
+        yield f"Up to {stray.steps:.0f} steps of the output from its own QDQ graph: less than quantization changed."
 
 
 def _manifest(outcome: Outcome) -> Manifest:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy import registry
-from qdeploy.backend import Arrays, Artifact, Backend, Runner, parse_options
+from qdeploy.backend import Arrays, Artifact, Backend, Runner, option_text, parse_options
 from qdeploy.bundle.write import require_free, require_free_file, writing, writing_file
 from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
@@ -26,7 +26,7 @@ from qdeploy.parity import harness
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
 from qdeploy.parity.verdict import require_metric
-from qdeploy.plan import plan
+from qdeploy.plan import kept_nodes, plan
 from qdeploy.prepare import prepare
 from qdeploy.progress import Progress, Silent
 from qdeploy.quantize.dynamic import quantize_dynamic
@@ -71,6 +71,7 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, scratch)
         samples = _checked(sources, model, jobs)
+        kept_nodes(load_graph(model.path), recipe.keep)  # a pattern that matches nothing is found before calibration
         if statistics is None and samples.calibration is not None:
             with progress.step("Calibrating", samples.calibration.size) as advance:
                 statistics = collect(model, samples.calibration, on_sample=advance)
@@ -277,10 +278,10 @@ def measure(
     first = next(iter(samples))
     measured = []
     for each, subject in zip(built, subjects, strict=True):
-        strayed = harness.stray_steps(subject, samples)
+        stray = harness.stray(model.path, subject, samples)
         with progress.step(f"Timing {subject.folder}"):
             times = harness.latency(subject, first)
-        measured.append(Measured(each, subject.runner.evidence, compared[subject.folder], strayed, times))
+        measured.append(Measured(each, subject.runner.evidence, compared[subject.folder], stray, times))
     return measured
 
 
@@ -359,7 +360,7 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
     for entry in entries:
         kind = registry.backends().load(entry.target)
         backend: Backend = kind()
-        options = parse_options(kind, {key: _option_text(value) for key, value in entry.options.items()})
+        options = parse_options(kind, {key: option_text(value) for key, value in entry.options.items()})
         availability = backend.availability()
         if not availability.ok:
             what = f"The target {entry.folder} cannot run here: {availability.reason}."
@@ -370,13 +371,6 @@ def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, lis
         artifact = Artifact(entry.target, entry.precision, folder, entry.main, layers)
         opened.append((Job(backend, entry.precision, options, contract, (), entry.folder), artifact))
     return describe(path / "float" / "model.onnx", path.name, bundle.manifest.dims), opened
-
-
-def _option_text(value: Any) -> str:
-    """An option of a manifest as the command line has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def open_target(path: Path, target: str | None = None) -> Runner:

@@ -122,7 +122,7 @@ def _arranges_constants(node: ir.Node) -> bool | None:
 def _scale_gemms(graph: ir.Model) -> None:
     """Fold a Gemm's factors into its constants, and make its bias a vector: integer kernels take it in no other form.
 
-    ORT's quantizer drops beta, and its optimizer misplaces alpha (microsoft/onnxruntime#28130).
+    ORT's quantizer drops beta, and its optimizer is reported to misplace alpha (microsoft/onnxruntime#28130).
 
     Gemm(x, W, C, alpha, beta)        becomes        Gemm(x, alpha · W, beta · C)
     """

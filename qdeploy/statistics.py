@@ -29,10 +29,10 @@ BINS = 1 << (32 - BIN_SHIFT)
 _HALF = BINS // 2
 _FIRST_NON_FINITE = 0x7F800000 >> BIN_SHIFT
 
-LIMBS = 4
+LIMBS = 5
 LIMB_BITS = 48
 LOWEST_LIMB_EXPONENT = -60
-"""A fixed-point sum is Σ limbs[k] · 2^(48·k − 60): steps of 1e-18, up to 2^147, beyond any sum of float32 values."""
+"""A fixed-point sum is Σ limbs[k] · 2^(48·k − 60): steps of 1e-18, up to 2^195, beyond any sum of float32 values."""
 
 FORMAT = 1
 
@@ -41,7 +41,7 @@ _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, Runti
 
 
 def fixed_point(x: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Real numbers as limbs, shape x.shape + (4,), truncated towards zero.
+    """Real numbers as limbs, shape x.shape + (5,), truncated towards zero.
 
     Each limb but the highest is below 2^48 in magnitude, and all have the number's sign.
     """
@@ -101,7 +101,7 @@ class TensorStatistics:
         channel_minimum: Exact smallest value, float32 [C]; +inf where a channel held no finite value.
         channel_maximum: Exact largest value, float32 [C]; −inf where a channel held no finite value.
         channel_count: Finite values, int64 [C].
-        channel_sum: Fixed-point sum of the finite values, int64 [C, 4], canonical.
+        channel_sum: Fixed-point sum of the finite values, int64 [C, 5], canonical.
     """
 
     name: str
@@ -284,6 +284,6 @@ def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Statistics:
             arrays["channel_minimum"][channels],
             arrays["channel_maximum"][channels],
             arrays["channel_count"][channels],
-            arrays["channel_sum"][channels],
+            arrays["channel_sum"].reshape(-1, LIMBS)[channels],
         )
     return Statistics(header["model_digest"], tuple(header["sample_digests"]), tensors, tuple(header["notes"]))

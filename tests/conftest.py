@@ -44,6 +44,6 @@ def _statistics_of(values, name="x", channel_axis=None):
 
 
 def _limbs(total):
-    """Four limbs of 48 bits, the highest with the sign, of a number in steps of 2^-60."""
+    """Five limbs of 48 bits, the highest with the sign, of a number in steps of 2^-60."""
     steps = int(Fraction(float(total)) * 2**60)
-    return [*(steps >> 48 * k & 2**48 - 1 for k in range(3)), steps >> 144]
+    return [*(steps >> 48 * k & 2**48 - 1 for k in range(4)), steps >> 192]

@@ -35,6 +35,7 @@ UPPER = [
     "report",
     "bundle",
     "qat",
+    "toml",
     "recipe",
     "progress",
     "ladder",

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 
 from qdeploy.errors import InternalError, QdeployError
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: like an interrupt, so that nothing half-written stays behind."""
+    """SIGTERM arrived: an interrupt in all but its exit code."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         # Imported here, so that an interrupt in this tenth of a second is one like any other.
         from qdeploy.cli.app import run
@@ -61,5 +65,10 @@ def tell(what: str, cure: str = "") -> None:
     sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End the run by an exception, so that nothing half-written stays behind."""
+    if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+        # Python's import system may swallow an exception and keep its lock for ever, so it comes a little later.
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

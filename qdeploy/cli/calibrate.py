@@ -34,7 +34,7 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
 ) -> int:
     """Run samples through a model once, and keep the statistics from which every target's ranges are read."""
     from qdeploy import pipeline
-    from qdeploy.recipe import Recipe, TargetRequest
+    from qdeploy.recipe import Recipe
 
     if merge:
         found = pipeline.merge_statistics([Path(text) for text in source], output, force=force)
@@ -44,7 +44,7 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
     else:
         recipe = Recipe(
             source=options.model_source(source[0], inputs, dims),
-            targets=(TargetRequest("any"),),  # a recipe has a target; statistics serve all of them
+            targets=(),
             calibration=calibration,
             preprocessing=options.preprocessing(preprocess),
             samples=samples,

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 
 def export(  # noqa: PLR0913 - one parameter an option
-    source: options.Source,
+    source: options.Source = None,
     *,
     target: Annotated[
         list[str],
-        typer.Option(metavar="NAME[:PRECISION]", help="What to build for; see qdeploy backends.", show_default=False),
+        typer.Option(
+            metavar="NAME[:PRECISION]",
+            help="What to build for; see qdeploy backends.",
+            show_default=False,
+            default_factory=list,
+        ),
     ],
+    recipe: options.Recipe = None,
     calibration: options.Calibration = None,
     statistics: Annotated[
         Path | None, typer.Option(metavar="STATS", help="What qdeploy calibrate wrote, instead of --calibration.")
@@ -29,12 +35,11 @@ def export(  # noqa: PLR0913 - one parameter an option
     evaluation: options.Evaluation = None,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
-    reader: Annotated[
-        str, typer.Option(metavar="NAME", help="How ranges are chosen: mse, entropy, minmax, percentile\\[:99.99].")
-    ] = "mse",
+    reader: options.Reader = None,
     granularity: Annotated[
-        Literal["per-channel", "per-tensor"], typer.Option(help="One scale for each channel of a weight, or for all.")
-    ] = "per-channel",
+        Literal["per-channel", "per-tensor"] | None,
+        typer.Option(help="One scale for each channel of a weight, or for all.", show_default="per-channel"),
+    ] = None,
     recover: Annotated[
         str | None,
         typer.Option(
@@ -62,12 +67,14 @@ def export(  # noqa: PLR0913 - one parameter an option
 ) -> int:
     """Quantize a model for its targets, compare them with FP32, and write the bundle."""
     from qdeploy import pipeline
-    from qdeploy.api import target_requests
-    from qdeploy.recipe import Recipe
+    from qdeploy.recipe import Given, TargetRequest, merged, read_recipe
 
-    recipe = Recipe(
-        source=options.model_source(source, inputs, dims),
-        targets=target_requests(target, options.settings(setting)),
+    given = Given(
+        source=source,
+        inputs=options.specs(inputs) or None,
+        dims=options.ranges(dims) or None,
+        targets=tuple(map(TargetRequest.parse, target)) or None,
+        options=options.settings(setting) or None,
         calibration=calibration,
         statistics=statistics,
         evaluation=evaluation,
@@ -75,13 +82,14 @@ def export(  # noqa: PLR0913 - one parameter an option
         samples=samples,
         reader=reader,
         granularity=granularity,
-        keep=tuple(keep),
+        keep=tuple(keep) or None,
         recover=None if recover is None else tuple(recover.split(",")),
         metric=metric,
         max_drop=max_drop,
     )
+    whole = merged(Given() if recipe is None else read_recipe(recipe), given)
     with results() as file:
-        report = pipeline.run(recipe, output, force=force, progress=progress(quiet=quiet))
+        report = pipeline.run(whole, output, force=force, progress=progress(quiet=quiet))
         return give(report, file, as_json=as_json, quiet=quiet, ending=_ending(report, output))
 
 

@@ -11,15 +11,23 @@ import typer
 from qdeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qdeploy.model import ModelSource
+    from qdeploy.model import DimRange, ModelSource, TensorSpec
     from qdeploy.samples.preprocessing import Preprocessing
 
-DATA = "A folder of images, an .npz file, file.py:callable or package.module:callable"
+DATA = "A folder of images or .wav files, a .csv, .txt or .npz file, or file.py:callable"
 
 Source = Annotated[
-    str,
+    str | None,
     typer.Argument(
-        metavar="SOURCE", help="file.py:callable, package.module:callable, model.pt2 or model.onnx.", show_default=False
+        metavar="SOURCE",
+        help="file.py:callable, package.module:callable, model.pt2 or model.onnx; needed unless a recipe has one.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", metavar="FILE", help="A TOML file with a model and options; what the command line gives beats it."
     ),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.", show_default=False)]
@@ -53,9 +61,22 @@ Preprocess = Annotated[
     typer.Option("--preprocess", metavar="SETTINGS", help="How images become inputs: 'resize=256 crop=224 mean=0.5'."),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", metavar="N", help="Most calibration samples to use.")]
+Reader = Annotated[
+    str | None,
+    typer.Option(
+        "--reader",
+        metavar="NAME",
+        help="How ranges are chosen: mse, entropy, minmax, percentile\\[:99.99].",
+        show_default="mse",
+    ),
+]
 Metric = Annotated[
     str | None,
-    typer.Option("--metric", metavar="NAME", help="top1, top5 or file.py:callable; top1 where labels are classes."),
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="top1, top5, pearson, spearman or file.py:callable; top1 where labels are classes.",
+    ),
 ]
 MaxDrop = Annotated[
     float | None, typer.Option("--max-drop", metavar="X", help="The allowed drop of the metric: 0.01 is one point.")
@@ -69,9 +90,23 @@ Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Show nothing b
 
 def model_source(text: str, inputs: list[str], dims: list[str]) -> ModelSource:
     """What SOURCE, --input and --dim say."""
-    from qdeploy.model import DimRange, ModelSource, TensorSpec
+    from qdeploy.model import ModelSource
 
-    return ModelSource.parse(text, tuple(map(TensorSpec.parse, inputs)), dict(map(DimRange.parse, dims)))
+    return ModelSource.parse(text, specs(inputs), ranges(dims))
+
+
+def specs(texts: list[str]) -> tuple[TensorSpec, ...]:
+    """What --input says."""
+    from qdeploy.model import TensorSpec
+
+    return tuple(map(TensorSpec.parse, texts))
+
+
+def ranges(texts: list[str]) -> dict[str, DimRange]:
+    """What --dim says."""
+    from qdeploy.model import DimRange
+
+    return dict(map(DimRange.parse, texts))
 
 
 def preprocessing(text: str | None) -> Preprocessing | None:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Interval = tuple[float, float]
 
+Summarize = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""From what was measured of the items of each draw, [draws, items, ...], to one figure a draw, [draws]."""
+
 _DRAWS_AT_ONCE = 1 << 20
 """Indices held in memory at a time (8 MiB), whatever the number of items."""
 
@@ -46,29 +49,42 @@ def percentile_interval(
     return float(low), float(high)
 
 
+def paired_drops(
+    reference: NDArray[np.float64], rows: NDArray[np.float64], summarize: Summarize | None = None
+) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    """How much less than the reference a model scores, as a statistic of drawn items.
+
+    Args:
+        reference: What was measured of each item with the reference, shape [items, ...].
+        rows: The same of the other model, on the same items.
+        summarize: From what was measured to the figure; None for the mean, of which the drops are exact.
+    """
+    if summarize is None:
+        drops = reference - rows
+        return lambda indices: drops[indices].mean(axis=1)
+    return lambda indices: summarize(reference[indices]) - summarize(rows[indices])
+
+
 def paired_interval(
-    reference_scores: NDArray[np.float64],
-    scores: NDArray[np.float64],
+    reference: NDArray[np.float64],
+    rows: NDArray[np.float64],
+    summarize: Summarize | None = None,
+    *,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """The interval of mean(reference − score) over items that both models were given.
+    """The interval of the drop over items that both models were given: both figures are of the same draws.
 
-    Pairing leaves out what makes an item hard for both, so the interval is much narrower than that of either mean.
+    Pairing leaves out what makes an item hard for both, so the interval is much narrower than that of either figure.
 
     Args:
-        reference_scores: Scores of the reference, shape [items].
-        scores: Scores of the other model on the same items, shape [items].
+        reference: What was measured of each item with the reference, shape [items, ...].
+        rows: The same of the other model, on the same items.
+        summarize: From what was measured to the figure; None for the mean.
         confidence: Share of the draws within the interval.
         resamples: How many draws.
         seed: Of the random numbers.
     """
-    drops = reference_scores - scores
-    return percentile_interval(
-        lambda indices: drops[indices].mean(axis=1),
-        drops.size,
-        confidence=confidence,
-        resamples=resamples,
-        seed=seed,
-    )
+    drops = paired_drops(reference, rows, summarize)
+    return percentile_interval(drops, len(rows), confidence=confidence, resamples=resamples, seed=seed)

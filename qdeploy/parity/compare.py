@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from qdeploy.backend import Arrays, Runner
 from qdeploy.errors import InputError, InternalError
-from qdeploy.parity.bootstrap import Interval, paired_interval
-from qdeploy.parity.metrics import Difference, Metric, Scores, difference
+from qdeploy.parity.bootstrap import Interval, paired_drops, paired_interval
+from qdeploy.parity.metrics import Difference, Metric, Scorer, Scores, difference
 
 Pair = tuple[str, str]
 """Names of a reference runner and of the runner that is compared with it."""
@@ -37,9 +37,9 @@ class Comparison:
     Attributes:
         samples: Items compared: a sample counts as many as its batch holds.
         outputs: The differences by output name, in the graph's order.
-        reference_metric: Mean score of the reference; None without labels or a metric.
-        metric: Mean score of the runner; None also if some of its outputs could not be compared.
-        drop: Mean of reference score − score, absolute.
+        reference_metric: The metric of the reference; None without labels or a metric.
+        metric: That of the runner; None also if some of its outputs could not be compared.
+        drop: Reference − runner, absolute.
         drop_interval: Paired bootstrap interval of `drop`, 95 %.
     """
 
@@ -118,14 +118,15 @@ def compare(
         runners: By name, entered.
         pairs: Reference and compared runner, by name.
         samples: Read once.
-        metric: Scores labelled samples; None, or unlabelled samples, leave the metric's figures None.
+        metric: Of labelled samples; None, or unlabelled samples, leave its figures None.
         on_sample: Called after each sample, to show progress.
 
     Raises:
-        InputError: There are no samples, only some of them have labels, or the metric cannot score them.
+        InputError: There are no samples, only some of them have labels, or the metric cannot be computed.
     """
     sums: dict[Pair, dict[str, Difference]] = {pair: {} for pair in pairs}
-    scores: dict[str, list[Scores]] = {name: [] for name in runners}
+    scorers: dict[str, Scorer] = {}
+    broken: set[str] = set()
     items = 0
     labelled = None
     for position, sample in enumerate(samples):
@@ -138,15 +139,16 @@ def compare(
         seen = {pair: _differences(pair, outputs) for pair in pairs}
         sums = {pair: _merged(sums[pair], seen[pair]) for pair in pairs}
         if metric is not None and labels is not None:
-            broken = {pair[1] for pair in pairs if any(each.incomparable for each in seen[pair].values())}
-            for name, values in outputs.items():
-                # A metric is not to be blamed for what it makes of NaN.
-                scores[name].append(np.full(1, np.nan) if name in broken else metric.score(values, labels))
+            # A metric is not to be blamed for what it makes of NaN.
+            broken |= {pair[1] for pair in pairs if any(each.incomparable for each in seen[pair].values())}
+            for name in [name for name in outputs if name not in broken]:
+                scorers.setdefault(name, metric.scorer()).add(outputs[name], labels)
         items += _items(sample)
         on_sample()
     if labelled is None:
         raise InputError("There are no samples to compare on.", "Check the evaluation data.")
-    return {pair: _comparison(items, sums[pair], scores[pair[0]], scores[pair[1]]) for pair in pairs}
+    rows = {name: scorer.rows() for name, scorer in scorers.items() if name not in broken}
+    return {pair: _comparison(items, sums[pair], metric, rows.get(pair[0]), rows.get(pair[1])) for pair in pairs}
 
 
 def _items(sample: SampleLike) -> int:
@@ -167,21 +169,22 @@ def _merged(sums: Mapping[str, Difference], seen: Mapping[str, Difference]) -> d
 
 
 def _comparison(
-    items: int, outputs: Mapping[str, Difference], reference_parts: list[Scores], parts: list[Scores]
+    items: int,
+    outputs: Mapping[str, Difference],
+    metric: Metric | None,
+    reference_rows: Scores | None,
+    rows: Scores | None,
 ) -> Comparison:
-    if not parts:
+    if metric is None or reference_rows is None:
         return Comparison(items, outputs)
-    reference_scores, scores = np.concatenate(reference_parts), np.concatenate(parts)
-    reference_metric, metric = _mean(reference_scores), _mean(scores)
-    if reference_metric is None or metric is None:
-        return Comparison(items, outputs, reference_metric, metric)
-    if reference_scores.size != scores.size:
-        what = f"The metric gave {reference_scores.size} scores for one model and {scores.size} for another, "
+    reference_metric = metric.figure(reference_rows)
+    if rows is None:
+        return Comparison(items, outputs, reference_metric)
+    if len(reference_rows) != len(rows):
+        what = f"The metric gave {len(reference_rows)} scores for one model and {len(rows)} for another, "
         what += "on the same samples."
         raise InputError(what, "It must return a float always, or always one score for each item of the batch.")
-    drop = float((reference_scores - scores).mean())
-    return Comparison(items, outputs, reference_metric, metric, drop, paired_interval(reference_scores, scores))
-
-
-def _mean(scores: Scores) -> float | None:
-    return None if np.isnan(scores).any() else float(scores.mean())
+    drops = paired_drops(reference_rows, rows, metric.summarize)
+    drop = float(drops(np.arange(len(rows))[np.newaxis])[0])
+    interval = paired_interval(reference_rows, rows, metric.summarize)
+    return Comparison(items, outputs, reference_metric, metric.figure(rows), drop, interval)

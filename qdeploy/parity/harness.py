@@ -13,10 +13,12 @@ from qdeploy.backend import Arrays, Runner
 from qdeploy.parity.compare import Comparison, SampleLike, compare
 from qdeploy.parity.latency import Latency, measure
 from qdeploy.parity.metrics import Metric
+from qdeploy.parity.verdict import Stray
 from qdeploy.session import SessionRunner
 
 FLOAT = "float"
 EAGER = "eager"
+QDQ = "qdq"
 
 EAGER_SAMPLES = 32
 STRAY_SAMPLES = 8
@@ -63,14 +65,19 @@ def against_eager(float_model: Path, eager: Runner, samples: Iterable[SampleLike
         return compared[EAGER, FLOAT]
 
 
-def stray_steps(subject: Subject, samples: Iterable[SampleLike]) -> float | None:
-    """How far a target is from its own QDQ graph run as written, in steps of its outputs, on the first samples."""
+def stray(float_model: Path, subject: Subject, samples: Iterable[SampleLike]) -> Stray | None:
+    """How far a target is from its own QDQ graph run as written, on the first samples; None if it is not quantized."""
     if subject.qdq is None:
         return None
-    with SessionRunner(subject.qdq, graph_level="disable") as qdq, subject.runner as runner:
-        runners: dict[str, Runner] = {"qdq": qdq, subject.folder: runner}
-        pair = ("qdq", subject.folder)
-        return compare(runners, [pair], islice(samples, STRAY_SAMPLES), None)[pair].max_steps({})
+    with ExitStack() as stack:
+        runners: dict[str, Runner] = {
+            FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable")),
+            QDQ: stack.enter_context(SessionRunner(subject.qdq, graph_level="disable")),
+            subject.folder: stack.enter_context(subject.runner),
+        }
+        own, quantization = (QDQ, subject.folder), (FLOAT, QDQ)
+        compared = compare(runners, [own, quantization], islice(samples, STRAY_SAMPLES), None)
+        return Stray(compared[own].max_steps({}), compared[own].sqnr_db, compared[quantization].sqnr_db)
 
 
 def latency(subject: Subject, sample: SampleLike) -> tuple[Latency, Latency] | None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +16,58 @@ from numpy.typing import NDArray
 from qdeploy.affine import sqnr_from_energies
 from qdeploy.backend import Arrays
 from qdeploy.errors import InputError
+from qdeploy.parity.bootstrap import Summarize
+from qdeploy.parity.correlation import Correlated, pearson, places, spearman
 from qdeploy.registry import suggestion
 
 Scores = NDArray[np.float64]
 
 
+class Scorer(Protocol):
+    """Gathers what a metric needs of one model's outputs, sample by sample."""
+
+    def add(self, outputs: Arrays, labels: NDArray[Any]) -> None:
+        """Take a sample's outputs and its labels."""
+
+    def rows(self) -> Scores:
+        """What was gathered: scores, shape [items], or rows of several figures, shape [items, ...]."""
+
+
 @dataclass(frozen=True)
 class Metric:
-    """Scores outputs against labels, higher being better.
+    """Measures outputs against labels, higher being better.
 
     Attributes:
         name: For the report and for messages.
-        score: Takes a sample's outputs and its labels. Gives float64 scores of shape [batch], or of shape [1] for a
-            metric that scores the batch as a whole; the model's figure is the mean over all of them.
+        scorer: Begins a pass over one model's outputs.
+        summarize: From what a scorer gathered to the model's figure, for many draws at once; None for the mean.
     """
 
     name: str
-    score: Callable[[Arrays, NDArray[Any]], Scores]
+    scorer: Callable[[], Scorer]
+    summarize: Summarize | None = None
+
+    def figure(self, rows: Scores) -> float:
+        """The model's figure over all that its scorer gathered."""
+        return float(rows.mean() if self.summarize is None else self.summarize(rows[np.newaxis])[0])
+
+
+class _Mean:
+    """Keeps the scores that a function of outputs and labels gives: one for each item, or one for the batch."""
+
+    def __init__(self, score: Callable[[Arrays, NDArray[Any]], Scores]) -> None:
+        self._score = score
+        self._parts: list[Scores] = []
+
+    def add(self, outputs: Arrays, labels: NDArray[Any]) -> None:
+        self._parts.append(self._score(outputs, labels))
+
+    def rows(self) -> Scores:
+        return np.concatenate(self._parts)
+
+
+def _mean_of(name: str, score: Callable[[Arrays, NDArray[Any]], Scores]) -> Metric:
+    return Metric(name, partial(_Mean, score))
 
 
 def metric_from_name(name: str) -> Metric:
@@ -54,7 +89,7 @@ def metric_from_callable(function: Callable[[Arrays, NDArray[Any]], Any], name: 
         name: What to call it; empty for the function's own name.
     """
     name = name or getattr(function, "__name__", type(function).__name__)
-    return Metric(name, partial(_call, function, name))
+    return _mean_of(name, partial(_call, function, name))
 
 
 def _call(function: Callable[[Arrays, NDArray[Any]], Any], name: str, outputs: Arrays, labels: NDArray[Any]) -> Scores:
@@ -103,7 +138,11 @@ def _class_labels(metric: str, labels: NDArray[Any]) -> NDArray[np.int64]:
     return labels.reshape(-1).astype(np.int64)
 
 
-_METRICS = {f"top{k}": Metric(f"top{k}", partial(_top_k, k)) for k in (1, 5)}
+_METRICS = {
+    **{f"top{k}": _mean_of(f"top{k}", partial(_top_k, k)) for k in (1, 5)},
+    "pearson": Metric("pearson", partial(Correlated, "pearson", np.asarray), pearson),
+    "spearman": Metric("spearman", partial(Correlated, "spearman", places), spearman),
+}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from qdeploy.registry import suggestion
 from qdeploy.samples.source import Sample, SampleSource, evenly_spaced, how_many, native
 
 LABELS = "labels"
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TokenError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TokenError, zipfile.BadZipFile, zlib.error)
 """What zipfile and numpy raise on damaged files."""
 
 
@@ -78,7 +78,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", "Check the path.") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise InputError(
             f"{path} is not an .npz file, or is damaged: {error}.", "Write it with numpy.savez."
         ) from error

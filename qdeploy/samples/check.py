@@ -55,7 +55,7 @@ def _check_array(source: SampleSource, sample: Sample, spec: TensorSpec) -> None
     dtype = array.dtype.name
     if mismatch := spec.mismatch(dtype, array.shape):
         if source.preprocessing is not None:
-            cure = "Change the preprocessing (resize, crop, color, layout), or yield arrays from a callable."
+            cure = f"Change the preprocessing ({source.preprocessing.shaping}), or yield arrays from a callable."
         elif dtype != spec.dtype:
             cure = f"Convert it to {spec.dtype}."
         else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -13,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.errors import InputError, UnavailableError
+from qdeploy.samples.folders import SampleFolder, open_folder
 from qdeploy.samples.preprocessing import EXAMPLE, Preprocessing
-from qdeploy.samples.source import Sample, SampleSource, evenly_spaced, how_many
+from qdeploy.samples.source import Sample, SampleSource, evenly_spaced
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -24,19 +23,13 @@ def open_images(
 ) -> SampleSource:
     """The images of a folder and its sub-folders, sorted by path, one a sample; under a limit, evenly spaced ones.
 
-    When every image lies in a sub-folder, the first level of sub-folders are the classes. The label is the position of
-    the class among all sorted sub-folder names. When all of these names are integers, or start with one and an
-    underscore ("289_n02128757", "7"), that integer is the label: data sets that hold only some of the classes keep
-    their true indices.
-
     Raises:
         InputError: No image, no preprocessing, a model with several inputs, or two classes with the same integer.
         UnavailableError: Pillow is not installed.
     """
     _require_pillow()
-    name = f"{folder.resolve().name}/"
-    files = _image_files(folder)
-    if not files:
+    images = open_folder(folder, SUFFIXES)
+    if not images.files:
         raise InputError(f"The folder {folder} holds no images.", f"Images end in {', '.join(SUFFIXES)}.")
     if len(input_names) != 1:
         what = f"The folder {folder} holds images, and the model has the inputs {', '.join(input_names)}."
@@ -44,16 +37,13 @@ def open_images(
     if preprocessing is None:
         what = f"The folder {folder} holds images, and nothing says how they become the model's input."
         raise InputError(what, f"Give --preprocess, or preprocessing in the recipe, for example: {EXAMPLE}")
-    classes = () if any(len(file.parts) == 1 for file in files) else _class_names(folder)
-    labels = _labels(classes)
-    picked = [files[i] for i in evenly_spaced(len(files), limit)]
-    of_classes = f" in {len(classes)} classes" if classes else ""
+    picked = [images.files[i] for i in evenly_spaced(len(images.files), limit)]
     return SampleSource(
-        description=f"images in {name} ({how_many(len(picked), len(files), 'files')}{of_classes})",
-        stream=partial(_stream, folder, picked, labels, input_names[0], preprocessing),
+        description=f"images in {images.name} ({images.contents(len(picked))})",
+        stream=partial(_stream, images, picked, input_names[0], preprocessing),
         size=len(picked),
         preprocessing=preprocessing,
-        class_names=classes,
+        class_names=images.classes,
     )
 
 
@@ -82,39 +72,9 @@ def _require_pillow() -> None:
         raise UnavailableError("Pillow is not installed.", "Install it: pip install 'qdeploy[images]'") from error
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Paths relative to the folder, sorted; links are followed, hidden files are left out."""
-    return sorted(
-        Path(root, name).relative_to(folder)
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    )
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """All sub-folders, also those without images: leaving one out would shift the labels behind it."""
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-
-
-def _labels(classes: tuple[str, ...]) -> dict[str, int]:
-    indices = [re.fullmatch(r"(\d+)(_.*)?", name) for name in classes]
-    labels = {name: int(index[1]) for name, index in zip(classes, indices, strict=True) if index}
-    if len(labels) < len(classes):
-        return {name: position for position, name in enumerate(classes)}
-    by_label: dict[int, str] = {}
-    for name, label in labels.items():
-        if by_label.setdefault(label, name) != name:
-            what = f"The class folders {by_label[label]!r} and {name!r} both stand for label {label}."
-            raise InputError(what, "Rename one of them.")
-    return labels
-
-
 def _stream(
-    folder: Path, files: Sequence[Path], labels: Mapping[str, int], input_name: str, preprocessing: Preprocessing
+    folder: SampleFolder, files: Sequence[Path], input_name: str, preprocessing: Preprocessing
 ) -> Iterator[Sample]:
     for position, file in enumerate(files):
-        content, array = read_image(folder / file, preprocessing)
-        label = np.array([labels[file.parts[0]]]) if labels else None
-        origin = f"sample {position} ({folder.name}/{file.as_posix()})"
-        yield Sample({input_name: array}, label, origin, {input_name: content})
+        content, array = read_image(folder.path / file, preprocessing)
+        yield Sample({input_name: array}, folder.label(file), folder.origin(position, file), {input_name: content})

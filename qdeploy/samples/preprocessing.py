@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.errors import InputError
 from qdeploy.registry import suggestion
+from qdeploy.samples.settings import Conversions, converted, key_values
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +37,8 @@ class Preprocessing:
         layout: Order of the axes.
         color: Order of the channels; "gray" has one.
     """
+
+    shaping: ClassVar[str] = "resize, crop, color, layout"
 
     resize: int | None = None
     crop: int | tuple[int, int] | None = None
@@ -82,12 +85,10 @@ class Preprocessing:
         Raises:
             InputError: A word without "=", an unknown key, or a value that does not fit.
         """
-        values = {}
-        for word in text.split():
-            key, equals, value = word.partition("=")
-            if not equals:
-                raise InputError(f"The preprocessing {word!r} is not of the form key=value.", f"For example: {EXAMPLE}")
-            values[key] = value if key in ("layout", "color") else value.split(",")
+        values = {
+            key: value if key in ("layout", "color") else value.split(",")
+            for key, value in key_values(text, EXAMPLE).items()
+        }
         return cls.from_json(values)
 
     @classmethod
@@ -97,18 +98,7 @@ class Preprocessing:
         Raises:
             InputError: An unknown key, or a value that does not fit.
         """
-        settings: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in _CONVERSIONS:
-                raise InputError(f"Preprocessing has no setting {key!r}.", suggestion(key, list(_CONVERSIONS)))
-            try:
-                settings[key] = None if value is None else _CONVERSIONS[key](value)
-            except (TypeError, ValueError, ArithmeticError) as error:
-                given = ",".join(map(str, value)) if isinstance(value, list) else value
-                raise InputError(
-                    f"The preprocessing's {key} cannot be {given!r}.", f"For example: {EXAMPLE}"
-                ) from error
-        return cls(**settings)
+        return cls(**converted("preprocessing", values, _CONVERSIONS, EXAMPLE))
 
     def to_json(self) -> dict[str, Any]:
         """All settings as plain JSON values, from which `from_json` makes an equal object."""
@@ -175,7 +165,7 @@ def _crop(value: Any) -> int | tuple[int, int]:
     return _pixels(value)
 
 
-_CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
+_CONVERSIONS: Conversions = {
     "resize": _pixels,
     "crop": _crop,
     "scale": _number,
@@ -184,4 +174,3 @@ _CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
     "layout": str,
     "color": str,
 }
-"""How each setting is read from a text, a number or a list of either."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
-
-from qdeploy.samples.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +17,24 @@ class Sample:
         inputs: Whole model inputs by name, batch included.
         labels: One entry for each item of the batch, or None.
         origin: Where it came from, as messages say it: "sample 3 (photos/cat/1.jpg)".
-        raw: What preprocessing made the inputs from, by input name: an image file's bytes as uint8; else empty.
+        raw: What preprocessing made the inputs from, by input name, as bytes in uint8; else empty. Of an image its
+            file, of text a JSON list of the texts (under the first input), of audio the window as stored.
     """
 
     inputs: Mapping[str, NDArray[Any]]
     labels: NDArray[Any] | None = None
     origin: str = "a sample"
     raw: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class RawForm(Protocol):
+    """What makes model inputs from images, texts or audio: `Preprocessing`, `Tokenization` or `Windows`."""
+
+    shaping: ClassVar[str]
+    """The settings that decide the shape of the inputs, as messages list them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +46,13 @@ class SampleSource:
         stream: Begins a pass over the samples.
         size: How many samples a pass yields, or None when only a pass can tell.
         preprocessing: What is done to raw files, or None if they are taken as they are.
-        class_names: The class sub-folders of an image folder, sorted; otherwise empty.
+        class_names: The class sub-folders of a folder of samples, sorted; otherwise empty.
     """
 
     description: str
     stream: Callable[[], Iterator[Sample]]
     size: int | None = None
-    preprocessing: Preprocessing | None = None
+    preprocessing: RawForm | None = None
     class_names: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Sample]:

@@ -268,5 +268,5 @@ def test_a_runner_outside_with_says_so(tmp_path):
     (tmp_path / "artifact").mkdir()
     artifact = OrtCpu().lower(model, "fp32", tmp_path / "artifact", Options())
 
-    with pytest.raises(InternalError, match="the runner of model.onnx is used outside `with`"):
+    with pytest.raises(InternalError, match=r"the runner of model\.onnx is used outside `with`"):
         OrtCpu().open(artifact, Options()).run({})

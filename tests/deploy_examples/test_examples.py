@@ -107,24 +107,42 @@ def command(readme: Path) -> list[str]:
     return shlex.split(found.group())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("example", [DIGITS, EFFICIENTNET], ids=lambda folder: folder.name)
-def test_the_readmes_command_makes_a_bundle_that_passes(example, request, tmp_path):
-    if example == EFFICIENTNET:
-        request.getfixturevalue("efficientnet")
-    (tmp_path / EXAMPLES.name).symlink_to(EXAMPLES)
-    program, *arguments = command(example / "README.md")
-    output = tmp_path / arguments[arguments.index("-o") + 1]
-
+def run_qdeploy(arguments, folder: Path, output: Path):
+    """Run `qdeploy` in a folder that has the examples; the report of the bundle that it wrote."""
+    (folder / EXAMPLES.name).symlink_to(EXAMPLES)
     run = subprocess.run(
-        [Path(sys.executable).with_name(program), *arguments],
-        cwd=tmp_path,
+        [Path(sys.executable).with_name("qdeploy"), *arguments],
+        cwd=folder,
         env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
         check=False,
     )
-
     assert run.returncode == 0, run.stderr
-    report = json.loads((output / "report.json").read_text())
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [DIGITS, EFFICIENTNET], ids=lambda folder: folder.name)
+def test_the_readmes_command_makes_a_bundle_that_passes(example, request, tmp_path):
+    if example == EFFICIENTNET:
+        request.getfixturevalue("efficientnet")
+    _, *arguments = command(example / "README.md")
+
+    report = run_qdeploy(arguments, tmp_path, tmp_path / arguments[arguments.index("-o") + 1])
+
     assert [(row["target"], row["status"]) for row in report["targets"]] == [("ort-cpu", "pass")]
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_makes_the_model_that_the_readmes_command_makes(tmp_path):
+    first, *_ = (DIGITS / "recipe.toml").read_text().splitlines()
+    made = []
+    for line in (shlex.join(command(DIGITS / "README.md")), first.removeprefix("# ")):
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        _, *arguments = shlex.split(line)
+        run_qdeploy(arguments, folder, folder / "out/digits")
+        made.append((folder / "out/digits/ort-cpu/model.onnx").read_bytes())
+
+    assert made[0] == made[1]

@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.contracts.backend_contract import BackendContract
+from tests.contracts.reader_contract import ReaderContract
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 TUTORIAL = DOCS / "quantize-a-cnn.md"
@@ -105,6 +108,35 @@ def test_a_page_does_what_it_says(page, after_tutorial, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
 
     run_page(page, folder)
+
+
+@pytest.fixture(scope="module")
+def shown_modules(tmp_path_factory):
+    """The modules that pages show can be imported."""
+    folder = tmp_path_factory.mktemp("shown")
+    shown = [block for page in PAGES for block in blocks(page) if block.mark == "file" and block.kind == "python"]
+    for block in shown:
+        (folder / block.value).write_text(block.text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
+@pytest.mark.usefixtures("shown_modules")
+class TestShownReader(ReaderContract):
+    def reader(self):
+        from sigma_reader import Sigma
+
+        return Sigma()
+
+
+@pytest.mark.usefixtures("shown_modules")
+class TestShownBackend(BackendContract):
+    def backend(self):
+        from npu_backend import Npu
+
+        return Npu()
 
 
 def test_the_command_line_page_is_what_the_commands_give():

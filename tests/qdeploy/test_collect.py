@@ -268,6 +268,14 @@ def test_labels_of_one_class_are_warned_of(network):
     assert "All calibration samples are of one class, 4." in collect(network, samples).notes
 
 
+@pytest.mark.parametrize("labels", [[4.1, 4.2, 4.9], [4.0, 4.0, 4.0]])
+def test_real_labels_are_no_classes(network, labels):
+    shapes = [(1, 3, 5, 6)] * 3
+    samples = [Sample(s.inputs, np.array([label])) for s, label in zip(samples_of(*shapes), labels, strict=True)]
+
+    assert not any("of one class" in note for note in collect(network, samples).notes)
+
+
 def growing(sizes):
     return [Sample({"x": np.full((1, 2), size, np.float32)}) for size in sizes]
 

@@ -23,14 +23,18 @@ class Ended:
     err: str
 
 
+def words(arguments):
+    return [word for each in arguments for word in (each.split() if isinstance(each, str) else [str(each)])]
+
+
 @pytest.fixture
 def qdeploy(capfd):
-    """Runs a command in this process."""
+    """Runs a command in this process; texts are split into words, paths are not."""
 
     def run(*arguments):
         stdout = os.dup(1)
         try:
-            code = main([str(argument) for argument in arguments])
+            code = main(words(arguments))
         finally:
             os.dup2(stdout, 1)  # a command keeps it until its process ends
             os.close(stdout)
@@ -44,8 +48,9 @@ def program():
     """Runs a command in a process of its own."""
 
     def run(*arguments, stdout=subprocess.PIPE):
-        command = [PROGRAM, *map(str, arguments)]
-        ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        ended = subprocess.run(
+            [PROGRAM, *words(arguments)], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
     return run

@@ -59,17 +59,25 @@ def samples():
         yield {"x": torch.randn(1, 4).numpy()}
 
 
-def endless():
-    open("started", "w").close()
-    while True:
-        yield {"x": torch.randn(1, 4).numpy()}
-
-
 def bad_samples():
     yield {"y": torch.randn(1, 4).numpy()}
 
 
 not_callable = 3
+"""
+
+
+ENDLESS = """
+import itertools
+
+import numpy as np
+
+
+def samples():
+    for i in itertools.count():
+        if i == 20:  # comparisons take fewer: calibration is under way
+            open("started", "w").close()
+        yield {"image": np.zeros((1, 1, 8, 8), np.float32)}
 """
 
 
@@ -95,7 +103,7 @@ NET = "net.onnx --target ort-cpu --calibration samples.npz"
 
 
 def test_quantize_writes_a_bundle_and_says_where(here, qdeploy):
-    ended = qdeploy(*f"quantize {NET} -o made".split())
+    ended = qdeploy(f"quantize {NET} -o made")
 
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith("net: 1 of 1 target passed.\n")
@@ -110,7 +118,7 @@ def test_every_option_reaches_the_recipe(here, qdeploy):
     options += " --keep first --keep classifi* --metric top5 --max-drop 0.5 --set ort-cpu.threads=2"
     options += " --input image=float32[1,1,8,8] --preprocess scale=1/2"
 
-    ended = qdeploy(*f"quantize {NET} {options} --metric top1 --quiet".split())
+    ended = qdeploy(f"quantize {NET} {options} --metric top1 --quiet")
 
     assert (ended.code, ended.out, ended.err) == (0, "", "")
     recipe = json.loads((here / "out" / "bundle.json").read_text())["recipe"]
@@ -125,7 +133,7 @@ def test_every_option_reaches_the_recipe(here, qdeploy):
 
 
 def test_a_target_that_fails_exits_1_and_the_bundle_is_there(here, qdeploy):
-    ended = qdeploy(*f"quantize {NET} --max-drop -1 --recover none".split())
+    ended = qdeploy(f"quantize {NET} --max-drop -1 --recover none")
 
     assert ended.code == 1
     assert "failed: ort-cpu:int8." in ended.out
@@ -134,7 +142,7 @@ def test_a_target_that_fails_exits_1_and_the_bundle_is_there(here, qdeploy):
 
 
 def test_a_target_that_cannot_be_built_exits_3_and_the_others_are_built(here, qdeploy, unbuildable):
-    ended = qdeploy(*f"quantize {NET} --target {unbuildable}".split())
+    ended = qdeploy(f"quantize {NET} --target {unbuildable}")
 
     assert ended.code == 3
     assert "cannot be built here: abacus:" in ended.out
@@ -143,11 +151,11 @@ def test_a_target_that_cannot_be_built_exits_3_and_the_others_are_built(here, qd
 
 
 def test_force_replaces_a_bundle_and_nothing_else_does(here, qdeploy):
-    assert qdeploy(*f"quantize {NET} --quiet".split()).code == 0
+    assert qdeploy(f"quantize {NET} --quiet").code == 0
     before = (here / "out" / "bundle.json").read_bytes()
 
-    refused = qdeploy(*f"quantize {NET} --keep first --quiet".split())
-    replaced = qdeploy(*f"quantize {NET} --keep first --quiet --force".split())
+    refused = qdeploy(f"quantize {NET} --keep first --quiet")
+    replaced = qdeploy(f"quantize {NET} --keep first --quiet --force")
 
     assert (refused.code, refused.err) == (
         2,
@@ -158,7 +166,7 @@ def test_force_replaces_a_bundle_and_nothing_else_does(here, qdeploy):
 
 
 def test_json_is_all_there_is_on_standard_output_whoever_prints(here, program):
-    ended = program(*"export model.py:build --target ort-cpu --calibration model.py:samples --json".split())
+    ended = program("export model.py:build --target ort-cpu --calibration model.py:samples --json")
 
     assert ended.code == 0, ended.err
     assert json.loads(ended.out) == json.loads((here / "out" / "report.json").read_text())
@@ -170,29 +178,25 @@ def test_json_is_all_there_is_on_standard_output_whoever_prints(here, program):
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_run_that_is_stopped_leaves_nothing(here, left, number, code, word):
-    command = [PROGRAM, *"export model.py:build --target ort-cpu --calibration model.py:endless".split()]
+    (here / "endless.py").write_text(ENDLESS)
+    command = [PROGRAM, "quantize", "net.onnx", "--target", "ort-cpu", "--calibration", "endless.py:samples"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 30
         while not (here / "started").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(3)
+            time.sleep(0.02)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
 
     assert (process.returncode, out) == (code, "")
-    assert err.splitlines()[-1] == word
-    assert "Traceback" not in err
-    assert left() == []
+    assert err == f"{word}\n"
+    assert left() == ["endless.py"]
 
 
-def known(*names):
-    return f"Known: {', '.join(names)}."
-
-
-FORMS = "Give a folder of images, an .npz file, file.py:callable or package.module:callable."
+FORMS = "Give a folder of images, …"
 SOURCES = "Give file.py:callable, package.module:callable, an exported program (.pt2) or an ONNX file (.onnx)."
 LIMITS = "Write name=minimum:typical:maximum, for example batch=1:1:8."
 
+# "…" at the end stands for a list that grows with the project.
 MISTAKES = {
     "export net --target ort-cpu": f"'net' is no model source.\n{SOURCES}",
     "export gone.onnx --target ort-cpu --calibration samples.npz": (
@@ -208,7 +212,7 @@ MISTAKES = {
     ),
     "export model.py:biuld --target ort-cpu --calibration samples.npz": (
         "model.py has no callable 'biuld'.\n"
-        "Did you mean 'build'? Known: Net, build, broken, leaving, nothing, samples, endless, bad_samples."
+        "Did you mean 'build'? Known: Net, build, broken, leaving, nothing, samples, bad_samples."
     ),
     "export model.py:broken --target ort-cpu --calibration samples.npz": (
         "model.py:broken raised ZeroDivisionError: one part of nothing (line 27 of model.py)"
@@ -224,10 +228,10 @@ MISTAKES = {
         "'model.py:build' is no ONNX file.\nName a .onnx file, or use qdeploy export."
     ),
     "quantize net.onnx --target ort-cpi --calibration samples.npz": (
-        f"Unknown target 'ort-cpi'.\nDid you mean 'ort-cpu'? {known('ort-cpu')}"
+        "Unknown target 'ort-cpi'.\nDid you mean 'ort-cpu'? Known: …"
     ),
     "quantize net.onnx --target ort-cpu:int9 --calibration samples.npz": (
-        "ort-cpu does not take the precision 'int9'.\nIt takes: int8, int8-dynamic, int8-weights, fp16, fp32."
+        "ort-cpu does not take the precision 'int9'.\nIt takes: int8, …"
     ),
     "quantize net.onnx --target ort-cpu --target ort-cpu:int8 --calibration samples.npz": (
         "The target ort-cpu:int8 is asked for twice.\nName it once."
@@ -251,28 +255,23 @@ MISTAKES = {
         "The array 'y' of sample 0 of model.py:bad_samples is no input of the model.\nKnown: x."
     ),
     f"quantize {NET} --evaluation gone.npz": "There is no file gone.npz.\nCheck the path.",
-    f"quantize {NET} --reader mes": (
-        f"Unknown calibration reader 'mes'.\nDid you mean 'mse'? {known('entropy', 'minmax', 'mse', 'percentile')}"
-    ),
+    f"quantize {NET} --reader mes": ("Unknown calibration reader 'mes'.\nDid you mean 'mse'? Known: …"),
     f"quantize {NET} --reader percentile:most": (
         "The calibration reader 'percentile' cannot take the parameter 'most'.\n"
         "Give a number, as in percentile:99.999, to a reader that has one."
     ),
-    f"quantize {NET} --metric top2": f"Unknown metric 'top2'.\nDid you mean 'top5'? {known('top1', 'top5')}",
+    f"quantize {NET} --metric top2": "Unknown metric 'top2'.\nDid you mean 'top5'? Known: …",
     f"quantize {NET} --metric gone.py:metric": "There is no file gone.py.\nCheck the path before the colon.",
     f"quantize {NET} --recover bias-corection": (
-        f"Unknown recovery step 'bias-corection'.\nDid you mean 'bias-correction'? {known('none', 'bias-correction')}"
+        "Unknown recovery step 'bias-corection'.\nDid you mean 'bias-correction'? Known: …"
     ),
     f"quantize {NET} --set threads=2": (
         "--set cannot be 'threads=2'.\nWrite BACKEND.OPTION=VALUE, for example ort-cpu.threads=2."
     ),
     f"quantize {NET} --set ort-cpi.threads=2": (
-        "Options are given for 'ort-cpi', which is not a target of this run.\n"
-        f"Did you mean 'ort-cpu'? {known('ort-cpu')}"
+        "Options are given for 'ort-cpi', which is not a target of this run.\nDid you mean 'ort-cpu'? Known: …"
     ),
-    f"quantize {NET} --set ort-cpu.treads=2": (
-        f"ort-cpu has no option 'treads'.\nDid you mean 'threads'? {known('threads', 'graph_level')}"
-    ),
+    f"quantize {NET} --set ort-cpu.treads=2": ("ort-cpu has no option 'treads'.\nDid you mean 'threads'? Known: …"),
     f"quantize {NET} --set ort-cpu.threads=many": ("The option ort-cpu.threads cannot be 'many'.\nIt takes: int."),
     f"quantize {NET} --keep conv9": (
         "Nothing in the model matches --keep 'conv9'.\nDid you mean 'conv'? Known: conv, k, classifier, w."
@@ -309,10 +308,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_one_clear_message_and_leaves_nothing(here, left, qdeploy, command):
-    ended = qdeploy(*command.split())
+    ended = qdeploy(command)
 
-    *before, message = ended.err.partition("error: ")
-    assert message == f"{MISTAKES[command]}\n".replace("HERE", str(here))
+    before, _, message = ended.err.partition("error: ")
+    expected = MISTAKES[command].replace("HERE", str(here))
+    assert message.startswith(expected[:-1]) if expected.endswith("…") else message == f"{expected}\n"
+    assert len(message.splitlines()) == len(expected.splitlines())
     assert "Traceback" not in before
     assert (ended.out, ended.code) == ("", 2)
     assert left() == []
@@ -321,7 +322,7 @@ def test_a_mistake_is_one_clear_message_and_leaves_nothing(here, left, qdeploy, 
 def test_a_damaged_model_is_named(here, left, qdeploy):
     (here / "net.onnx").write_bytes((here / "net.onnx").read_bytes()[:300])
 
-    ended = qdeploy(*f"quantize {NET}".split())
+    ended = qdeploy(f"quantize {NET}")
 
     assert ended.err.startswith("error: net.onnx is not an ONNX model, or is damaged (")
     assert ended.err.endswith("Export it anew.\n")
@@ -343,14 +344,14 @@ def test_a_quantized_model_is_refused(here, bundle, qdeploy):
     ("damage", "message"),
     [
         (lambda content: content[:500], "error: stats.npz is not a statistics file of this version, or is damaged ("),
-        (lambda content: b"", "error: stats.npz is not a statistics file of this version, or is damaged ("),
+        (lambda _: b"", "error: stats.npz is not a statistics file of this version, or is damaged ("),
     ],
 )
 def test_damaged_statistics_are_refused(here, left, bundle, qdeploy, damage, message):
     content = (bundle / "calibration" / "statistics.npz").read_bytes()
     (here / "stats.npz").write_bytes(damage(content))
 
-    ended = qdeploy(*"quantize net.onnx --target ort-cpu --statistics stats.npz --evaluation samples.npz".split())
+    ended = qdeploy("quantize net.onnx --target ort-cpu --statistics stats.npz --evaluation samples.npz")
 
     assert ended.err.startswith(message)
     assert ended.err.endswith("\nMake it anew with qdeploy calibrate.\n")
@@ -361,7 +362,7 @@ def test_statistics_of_another_model_are_refused(here, left, bundle, qdeploy):
     shutil.copy(bundle / "calibration" / "statistics.npz", "stats.npz")
     command = "export model.py:build --target ort-cpu --statistics stats.npz --evaluation model.py:samples"
 
-    ended = qdeploy(*command.split())
+    ended = qdeploy(command)
 
     assert re.search(
         r"\nerror: These statistics were collected on another model \(digest \w{12}…, not \w{12}…\)\.\n"
@@ -374,7 +375,7 @@ def test_statistics_of_another_model_are_refused(here, left, bundle, qdeploy):
 def test_a_budget_without_labels_is_refused(here, left, qdeploy):
     np.savez("bare.npz", image=np.load("samples.npz")["image"])
 
-    ended = qdeploy(*"quantize net.onnx --target ort-cpu --calibration bare.npz --metric top1 --max-drop 0.1".split())
+    ended = qdeploy("quantize net.onnx --target ort-cpu --calibration bare.npz --metric top1 --max-drop 0.1")
 
     what = "A drop of at most 0.1 in top1 was asked for, but the evaluation data has no labels."
     cure = "Give labelled data with --evaluation, or leave out --max-drop."
@@ -386,6 +387,6 @@ def test_a_budget_without_labels_is_refused(here, left, qdeploy):
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(here, qdeploy):
     here.chmod(0o500)
 
-    ended = qdeploy(*"export gone.py:build --target ort-cpu -o made".split())
+    ended = qdeploy("export gone.py:build --target ort-cpu -o made")
 
     assert ended.err == f"error: made cannot be written: {here} is not writable.\nName another output.\n"

@@ -1,10 +1,14 @@
 """What every command shares: how it ends, and what it says then."""
 
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from qdeploy import cli
 from qdeploy.cli import Terminated, app
 from qdeploy.errors import InputError, InternalError, UnavailableError
 
@@ -56,7 +60,11 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(ending_with, error):
     [
         (["exprot"], "No such command 'exprot'. Did you mean 'export'?\nSee qdeploy --help."),
         (["--loud"], "No such option: --loud\nSee qdeploy --help."),
-        (["export", "net.onnx"], "Missing option '--target'.\nSee qdeploy export --help."),
+        (["export", "net.onnx"], "There is no target.\nAdd --target NAME, for example --target ort-cpu."),
+        (
+            ["export", "--target", "ort-cpu"],
+            "There is no model.\nName SOURCE, or --recipe FILE with a source under [model].",
+        ),
         (["bench"], "Missing argument 'MODEL|BUNDLE'.\nSee qdeploy bench --help."),
         (["calibrate", "net.onnx"], "Missing option '--output' / '-o'.\nSee qdeploy calibrate --help."),
     ],
@@ -123,6 +131,36 @@ def test_a_reader_that_went_away_is_no_error(arguments, bundle, program):
     reader = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
     reader.wait()
 
-    ended = program(*arguments.replace("BUNDLE", str(bundle)).split(), stdout=reader.stdin)
+    ended = program(arguments.replace("BUNDLE", str(bundle)), stdout=reader.stdin)
 
     assert (ended.code, ended.err) == (141, "")
+
+
+@pytest.fixture
+def handlers():
+    """Puts the signal handlers back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_ends_a_run_but_not_inside_the_import_system(number, kind):
+    signal.signal(number, cli._stop)
+    importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"))
+
+    cli._stop(number, importing)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        time.sleep(5)
+
+    assert caught.type is kind
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_interrupt_that_is_ignored_stays_so(qdeploy):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a job in the background
+
+    assert qdeploy("--version").code == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

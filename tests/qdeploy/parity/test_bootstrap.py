@@ -70,6 +70,30 @@ def test_pairing_narrows_the_interval():
     assert 0.09 < low < high < 0.11
 
 
+def test_agrees_with_scipy_on_a_figure_that_is_no_mean():
+    from scipy import stats
+
+    def spread(rows):
+        return rows.std(axis=1)
+
+    rng = np.random.default_rng(8)
+    reference = rng.normal(0.0, 1.2, 300)
+    scores = reference + rng.normal(0.0, 0.3, 300)
+
+    low, high = paired_interval(reference, scores, spread)
+
+    expected = stats.bootstrap(
+        (reference, scores),
+        lambda a, b, axis: a.std(axis) - b.std(axis),
+        paired=True,
+        n_resamples=5000,
+        method="percentile",
+        rng=np.random.default_rng(9),
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.05 * width)
+
+
 def test_equal_scores_give_zero():
     scores = np.array([1.0, 0.0, 1.0])
 

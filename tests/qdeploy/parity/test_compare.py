@@ -261,3 +261,58 @@ def test_scores_that_cannot_be_paired_are_refused():
         "The metric gave 3 scores for one model and 6 for another, on the same samples. "
         "It must return a float always, or always one score for each item of the batch."
     )
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_a_correlation_is_of_all_samples_and_so_is_its_drop(name):
+    from scipy import stats
+
+    def blurred(x):
+        return {"y": np.rint(x)}
+
+    rng = np.random.default_rng(1)
+    data = [sample(rng.normal(size=(n, 1)) * 3, rng.integers(0, 21, n) / 4) for n in rng.integers(1, 4, 200)]
+    data = [sample(each.inputs["x"] + each.labels[:, None], each.labels) for each in data]
+    correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
+    x = np.concatenate([each.inputs["x"][:, 0] for each in data])
+    labels = np.concatenate([each.labels for each in data])
+
+    seen = run(data, blurred, metric_from_name(name), reference=lambda x: {"y": x})
+
+    assert seen.reference_metric == pytest.approx(correlation(x, labels)[0])
+    assert seen.metric == pytest.approx(correlation(np.rint(x), labels)[0])
+    assert seen.drop == pytest.approx(seen.reference_metric - seen.metric)
+    expected = stats.bootstrap(
+        (x, np.rint(x), labels),
+        lambda a, b, c: correlation(a, c)[0] - correlation(b, c)[0],
+        paired=True,
+        vectorized=False,
+        n_resamples=1000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    # The ends of an interval of 1,000 draws stray by a tenth of its width or less.
+    assert seen.drop_interval == pytest.approx((expected.low, expected.high), abs=0.1 * (expected.high - expected.low))
+
+
+def test_embeddings_of_consecutive_samples_are_compared():
+    from scipy import stats
+
+    rng = np.random.default_rng(2)
+    scores = rng.uniform(0, 5, 150)
+    data = [sample(rng.normal(size=(1, 8)), [score]) for score in scores for _ in range(2)]
+
+    seen = run(data, rounded, metric_from_name("spearman"))
+
+    x = np.concatenate([each.inputs["x"] for each in data]).reshape(150, 2, 8)
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in x]
+    assert seen.samples == 300
+    assert seen.reference_metric == pytest.approx(stats.spearmanr(cosines, scores)[0])
+
+
+def test_a_broken_runner_does_not_spoil_the_others_correlation():
+    data = [sample([[float(i)]], [i]) for i in range(10)]
+
+    seen = run(data, lambda x: {"logits": np.where(x == 3, np.nan, x)}, metric_from_name("pearson"))
+
+    assert (seen.reference_metric, seen.metric, seen.drop) == (pytest.approx(1.0), None, None)

@@ -1,6 +1,7 @@
 """Each measurement runs the right models, on the right samples, entered and left, and compares them the right way."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -152,12 +153,18 @@ def test_straying_is_counted_in_steps_of_the_outputs_range(onnx_file):
     step = np.ptp(np.maximum(exact(samples.x[: harness.STRAY_SAMPLES]), 0)) / 255
     strayed = subject("t", lambda x: np.maximum(exact(x), 0) + np.float32(3 * step), qdq=onnx_file("q.onnx", "Relu"))
 
-    assert harness.stray_steps(strayed, samples) == pytest.approx(3.0, rel=1e-3)
+    stray = harness.stray(onnx_file("f.onnx"), strayed, samples)
+
+    assert stray.steps == pytest.approx(3.0, rel=1e-3)
+    q = np.maximum(exact(samples.x[: harness.STRAY_SAMPLES]), 0)
+    assert stray.sqnr_db == pytest.approx(10 * np.log10((q**2).mean() / (3 * step) ** 2), rel=1e-3)
+    f = exact(samples.x[: harness.STRAY_SAMPLES])
+    assert stray.quantization_sqnr_db == pytest.approx(10 * np.log10((f**2).mean() / ((f - q) ** 2).mean()), rel=1e-3)
     assert strayed.runner.runs == harness.STRAY_SAMPLES
 
 
 def test_what_is_not_quantized_strays_from_nothing():
-    assert harness.stray_steps(subject("t", exact), Samples(1)) is None
+    assert harness.stray(Path("f.onnx"), subject("t", exact), Samples(1)) is None
 
 
 def test_numerics_are_compared_with_the_graph_as_it_is_written(onnx_file, monkeypatch):
@@ -173,11 +180,11 @@ def test_numerics_are_compared_with_the_graph_as_it_is_written(onnx_file, monkey
 
     harness.against_float(model, [target], Samples(1), None, lambda: None)
     harness.against_eager(model, Function(exact), Samples(1))
-    harness.stray_steps(target, Samples(1))
+    harness.stray(model, target, Samples(1))
     with harness.side_by_side(model, [target]):
         pass
 
-    assert levels == [ort.GraphOptimizationLevel.ORT_DISABLE_ALL] * 4
+    assert levels == [ort.GraphOptimizationLevel.ORT_DISABLE_ALL] * 5
 
 
 def test_target_and_baseline_are_timed_side_by_side(monkeypatch):

@@ -19,8 +19,14 @@ PAIRS = hnp.array_shapes(min_dims=1, max_dims=3, max_side=5).flatmap(
 )
 
 
+def scored(metric, outputs, labels):
+    scorer = metric.scorer()
+    scorer.add(outputs, labels)
+    return scorer.rows()
+
+
 def score(name, logits, labels):
-    return metric_from_name(name).score({"logits": np.asarray(logits)}, np.asarray(labels))
+    return scored(metric_from_name(name), {"logits": np.asarray(logits)}, np.asarray(labels))
 
 
 class TestTopK:
@@ -91,7 +97,7 @@ class TestTopK:
         with pytest.raises(InputError) as caught:
             metric_from_name("top-1")
 
-        assert str(caught.value) == "Unknown metric 'top-1'. Did you mean 'top1'? Known: top1, top5."
+        assert str(caught.value) == "Unknown metric 'top-1'. Did you mean 'top1'? Known: pearson, spearman, top1, top5."
 
 
 class TestCallable:
@@ -101,14 +107,14 @@ class TestCallable:
     def test_takes_one_score_for_each_item(self):
         metric = metric_from_callable(lambda outputs, labels: -np.abs(outputs["y"][:, 0] - labels))
 
-        scores = metric.score(self.outputs, self.labels)
+        scores = scored(metric, self.outputs, self.labels)
 
         assert scores.tolist() == [-1.0, 0.0]
         assert scores.dtype == np.float64
 
     @pytest.mark.parametrize("value", [0.25, np.float32(0.25), np.array([0.25]), np.array(0.25)])
     def test_takes_one_score_for_the_whole_sample(self, value):
-        assert metric_from_callable(lambda *_: value, "mine").score(self.outputs, self.labels).tolist() == [0.25]
+        assert scored(metric_from_callable(lambda *_: value, "mine"), self.outputs, self.labels).tolist() == [0.25]
 
     def test_is_named_after_the_function_or_its_class(self):
         class Distance:
@@ -124,7 +130,7 @@ class TestCallable:
 
     def test_its_exception_names_it(self):
         with pytest.raises(InputError) as caught:
-            metric_from_callable(lambda outputs, _: outputs["z"], "mine").score(self.outputs, self.labels)
+            scored(metric_from_callable(lambda outputs, _: outputs["z"], "mine"), self.outputs, self.labels)
 
         assert str(caught.value) == (
             "The metric 'mine' raised KeyError: 'z'. It is called with the outputs by name and the sample's labels."
@@ -133,7 +139,7 @@ class TestCallable:
 
     def test_refuses_another_number_of_scores(self):
         with pytest.raises(InputError) as caught:
-            metric_from_callable(lambda *_: np.zeros(3), "mine").score(self.outputs, self.labels)
+            scored(metric_from_callable(lambda *_: np.zeros(3), "mine"), self.outputs, self.labels)
 
         assert str(caught.value) == (
             "The metric 'mine' gave scores of shape [3] for labels of [2]. "
@@ -143,14 +149,14 @@ class TestCallable:
     @pytest.mark.parametrize("value", [math.nan, math.inf, None])
     def test_refuses_scores_that_are_not_finite(self, value):
         with pytest.raises(InputError, match=r"The metric 'mine' gave (nan|inf)\. Its scores must be finite numbers"):
-            metric_from_callable(lambda *_: value, "mine").score(self.outputs, self.labels)
+            scored(metric_from_callable(lambda *_: value, "mine"), self.outputs, self.labels)
 
     def test_what_is_no_number_is_refused(self):
         with pytest.raises(InputError, match="The metric 'mine' raised ValueError"):
-            metric_from_callable(lambda *_: "good", "mine").score(self.outputs, self.labels)
+            scored(metric_from_callable(lambda *_: "good", "mine"), self.outputs, self.labels)
 
     def test_what_it_prints_stays_off_standard_output(self, capsys):
-        metric_from_callable(lambda *_: print("hello") or 1.0).score(self.outputs, self.labels)  # noqa: T201 (the point)
+        scored(metric_from_callable(lambda *_: print("hello") or 1.0), self.outputs, self.labels)  # noqa: T201 (the point)
 
         printed = capsys.readouterr()
         assert (printed.out, printed.err) == ("", "hello\n")

@@ -8,7 +8,7 @@ import pytest
 from qdeploy.errors import InputError, InternalError
 from qdeploy.parity.compare import Comparison
 from qdeploy.parity.metrics import Difference, difference, metric_from_name
-from qdeploy.parity.verdict import Verdict, budget_warning, judge, require_metric
+from qdeploy.parity.verdict import Stray, Verdict, budget_warning, judge, require_metric
 
 GOOD = difference(np.array([[3.0, 4.0]]), np.array([[3.0, 4.25]]))
 BAD = difference(np.array([[3.0, 4.0]]), np.array([[3.0, 8.0]]))
@@ -115,11 +115,20 @@ def test_a_broken_contract_fails():
 
 @pytest.mark.parametrize(("strayed", "status"), [(None, "pass"), (1.0, "pass"), (1.1, "fail"), (math.nan, "fail")])
 def test_straying_from_the_own_graph_fails(strayed, status):
-    assert judge(labelled(0.0, (0.0, 0.0)), strayed_lsb=strayed, tolerance_lsb=1.0).status == status
+    stray = None if strayed is None else Stray(strayed)
+    assert judge(labelled(0.0, (0.0, 0.0)), stray=stray, tolerance_lsb=1.0).status == status
+
+
+@pytest.mark.parametrize(
+    ("own", "quantization", "status"), [(20, 15, "pass"), (10, 15, "fail"), (math.nan, 15, "fail")]
+)
+def test_straying_less_than_quantization_itself_is_no_fault(own, quantization, status):
+    stray = Stray(14.0, float(own), float(quantization))
+    assert judge(labelled(0.0, (0.0, 0.0)), stray=stray, tolerance_lsb=1.0).status == status
 
 
 def test_all_failures_are_told():
-    verdict = judge(unlabelled(BAD), violations=["Conv_3 runs in float"], strayed_lsb=7.25, tolerance_lsb=1.0)
+    verdict = judge(unlabelled(BAD), violations=["Conv_3 runs in float"], stray=Stray(7.25), tolerance_lsb=1.0)
 
     assert verdict.reason == (
         "The artifact breaks its contract: Conv_3 runs in float; "

@@ -31,8 +31,9 @@ def test_a_package_that_is_not_installed_has_no_version():
     assert package_version("no-such-package") == ""
 
 
-def test_the_instructions_that_decide_int8_speed_are_named(monkeypatch):
+def test_the_instructions_that_decide_int8_speed_are_named(monkeypatch, tmp_path):
     text = "model name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n"
-    monkeypatch.setattr(Path, "read_text", lambda self, *_: text)
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr("qdeploy.report.environment.Path", lambda _: tmp_path / "cpuinfo")
 
     assert environment()["processor"] == "Some CPU @ 2 GHz avx512_vnni amx_int8"

@@ -75,7 +75,7 @@ def test_half_precision_is_searched_for_nan_too():
 def test_images_of_another_shape_point_to_the_preprocessing():
     images = source(Sample({"image": X[:, :2]}), preprocessing=Preprocessing())
 
-    with pytest.raises(InputError, match="Change the preprocessing"):
+    with pytest.raises(InputError, match=r"Change the preprocessing \(resize, crop, color, layout\), or yield"):
         list(checked(images, (IMAGE,)))
 
 
