@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators with a weight at input 1."""
 
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+"""Operators with an input weight at input 1 and a recurrence weight at input 2."""
+
 QUANTIZABLE = WEIGHTED | {
     *("Add", "Mul", "Sub", "Div", "Concat", "Resize", "Pad"),
     *("AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMean"),
@@ -127,6 +130,11 @@ def weight_of(node: ir.Node) -> NDArray[Any] | None:
         return None
     weight = stored_constant(node.inputs[1])
     return weight if weight is not None and weight.ndim >= 2 else None
+
+
+def has_weight(node: ir.Node) -> bool:
+    """Whether a node computes with a constant weight at input 1."""
+    return weight_of(node) is not None or (node.op_type in RECURRENT and constant(node.inputs[1]) is not None)
 
 
 def bias_input(node: ir.Node) -> tuple[ir.Node, int] | None:
@@ -239,7 +247,7 @@ def _is_inside_fusion(value: ir.Value) -> bool:
     return producer is not None and producer.op_type in QUANTIZABLE and fused_activation(producer) is not None
 
 
-def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> bool:  # noqa: PLR0911 - an answer a question
+def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> bool:  # noqa: C901, PLR0911 - an answer a question
     """Answer a contract's question about a node.
 
     Args:
@@ -250,6 +258,11 @@ def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> boo
     match condition:
         case Condition.CONSTANT_WEIGHT:
             return weight_of(node) is not None
+        case Condition.CONSTANT_MATRIX:
+            weight = weight_of(node)
+            return weight is not None and weight.ndim == 2
+        case Condition.CONSTANT_RECURRENCE:
+            return all(constant(value) is not None for value in node.inputs[1:3])
         case Condition.DEPTHWISE:
             weight = weight_of(node)
             group = node.attributes.get_int("group", 1)
@@ -266,6 +279,11 @@ def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> boo
             return len(operands) > 0 and all(name in quantized for name in operands)
         case Condition.GRAPH_OUTPUT:
             return result_of(node).is_graph_output() and not result_of(node).consumers()
+        case Condition.PLAIN_GEMM:
+            factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+            return factors == [1.0, 1.0] and not bool(node.attributes.get_int("transA", 0))
+        case Condition.SEQUENCE_FIRST:
+            return not bool(node.attributes.get_int("layout", 0))
 
 
 def integer_type(dtype: ir.DataType) -> IntegerType | None:
@@ -306,4 +324,5 @@ def is_quantized(model: ir.Model) -> bool:
     """Whether a graph already holds quantized operators."""
     marks = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
     marks |= {"MatMulInteger", "ConvInteger", "MatMulNBits", "DynamicQuantizeMatMul", "QGemm", "QLinearAdd"}
+    marks |= {"DynamicQuantizeLSTM"}
     return any(node.op_type in marks for node in model.graph.all_nodes())

@@ -20,7 +20,7 @@ from qdeploy.parity.verdict import Stray, budget_warning, judge
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.report.environment import environment, package_version
 from qdeploy.samples.source import Sample, SampleSource
-from qdeploy.scheme import QuantContract
+from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
 
@@ -53,6 +53,11 @@ class Job:
     steps: tuple[str, ...]
     folder: str
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its ranges come from calibration samples."""
+        return self.contract.form is Form.QDQ
+
 
 @dataclass(frozen=True)
 class Unavailable:
@@ -75,7 +80,9 @@ class Built:
     def subject(self) -> harness.Subject:
         """What the measurements need of it."""
         runner, baseline = (self.job.backend.open(a, self.job.options) for a in (self.artifact, self.baseline))
-        return harness.Subject(self.job.folder, runner, baseline, self.quantized.path if self.quantized else None)
+        # The steps of a static grid are the measure; other forms have none.
+        qdq = self.quantized.path if self.quantized and self.job.calibrated else None
+        return harness.Subject(self.job.folder, runner, baseline, qdq)
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         tolerance_lsb=job.backend.tolerance_lsb,
     )
     size = rows.artifact_bytes(built.artifact, besides=LAYERS)
-    calibrated = outcome.statistics is not None and built.quantized is not None
+    calibrated = outcome.statistics is not None and job.calibrated
     return schema.Target(
         target=job.backend.name,
         precision=job.precision,

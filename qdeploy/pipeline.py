@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,15 +29,19 @@ from qdeploy.parity.verdict import require_metric
 from qdeploy.plan import kept_nodes, plan
 from qdeploy.prepare import prepare
 from qdeploy.progress import Progress, Silent
+from qdeploy.quantize.dynamic import quantize_dynamic
+from qdeploy.quantize.half import to_half
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.static import quantize
+from qdeploy.quantize.weights import quantize_weights
 from qdeploy.reader import CalibrationReader
-from qdeploy.recipe import CALIBRATED, Recipe, TargetRequest
+from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.recover.steps import recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
 from qdeploy.samples.open import open_samples
 from qdeploy.samples.source import Sample, SampleSource
+from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
 
@@ -188,18 +195,61 @@ def build(
     keep: tuple[str, ...],
     folders: tuple[Path, Path],
 ) -> Built:
-    """Plan → recover → quantize → lower, for one target; float precisions go straight to lower."""
+    """Write the graph in the form that the target is given, and lower it."""
     scratch, bundle = folders
     folder = _made(bundle / job.folder)
     baseline = job.backend.lower(model, "fp32", _made(scratch / f"{job.folder}-baseline"), job.options)
-    if job.precision not in CALIBRATED:
+    if job.contract.form is Form.FLOAT:
         artifact = job.backend.lower(model, job.precision, folder, job.options)
         return Built(job, artifact, baseline, None, ())
-    assert statistics is not None
-    drafted = plan(model, statistics, job.contract, reader, keep)
-    quantized = quantize(recover(drafted, statistics, job.steps), _made(scratch / f"{job.folder}-quantized"))
+    making = Making(job, model, statistics, reader, keep, _made(scratch / f"{job.folder}-quantized"))
+    quantized = QUANTIZERS[job.contract.form](making)
     artifact = job.backend.lower(quantized, job.precision, folder, job.options)
     return Built(job, artifact, baseline, quantized, _violations(quantized, artifact))
+
+
+@dataclass(frozen=True)
+class Making:
+    """What there is to make a target's graph of.
+
+    Attributes:
+        job: The target.
+        model: The prepared float model.
+        statistics: Of the calibration samples, if a target needs them.
+        reader: Chooses ranges.
+        keep: Nodes that stay float.
+        folder: Where to write.
+    """
+
+    job: Job
+    model: FloatModel
+    statistics: Statistics | None
+    reader: CalibrationReader
+    keep: tuple[str, ...]
+    folder: Path
+
+
+def _static(making: Making) -> QuantizedModel:
+    """Plan → recover → quantize."""
+    assert making.statistics is not None
+    drafted = plan(making.model, making.statistics, making.job.contract, making.reader, making.keep)
+    return quantize(recover(drafted, making.statistics, making.job.steps), making.folder)
+
+
+def _without_ranges(
+    rewrite: Callable[[FloatModel, QuantContract, Path, tuple[str, ...]], QuantizedModel],
+) -> Callable[[Making], QuantizedModel]:
+    return lambda making: rewrite(making.model, making.job.contract, making.folder, making.keep)
+
+
+QUANTIZERS: Mapping[Form, Callable[[Making], QuantizedModel]] = MappingProxyType(
+    {
+        Form.QDQ: _static,
+        Form.DYNAMIC: _without_ranges(quantize_dynamic),
+        Form.WEIGHTS: _without_ranges(quantize_weights),
+        Form.HALF: _without_ranges(to_half),
+    }
+)
 
 
 def _made(folder: Path) -> Path:
@@ -237,7 +287,7 @@ def measure(
 
 def _given_statistics(recipe: Recipe, jobs: list[Job]) -> Statistics | None:
     """The statistics file of the recipe; ranges must come from somewhere if a target needs them."""
-    needing = [job for job in jobs if job.precision in CALIBRATED]
+    needing = [job for job in jobs if job.calibrated]
     if not needing:
         return None
     if recipe.statistics is not None:
@@ -273,7 +323,7 @@ def _open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
 
 
 def _checked(samples: Samples, model: FloatModel, jobs: list[Job]) -> Samples:
-    needed = any(job.precision in CALIBRATED for job in jobs)
+    needed = any(job.calibrated for job in jobs)
     calibration = checked(samples.calibration, model.inputs) if samples.calibration and needed else None
     return Samples(calibration, checked(samples.evaluation, model.inputs), samples.remark)
 

@@ -238,6 +238,17 @@ def matching_rule(contract: QuantContract, node: ir.Node, quantized: frozenset[s
     return None
 
 
+def quantizable(graph: ir.Model, contract: QuantContract, keep: Sequence[str] = ()) -> list[tuple[ir.Node, OpRule]]:
+    """The nodes that a contract quantizes without ranges, with their rules: in graph order, subgraphs included.
+
+    Raises:
+        InputError: A keep pattern matches nothing.
+    """
+    kept = kept_nodes(graph, keep)
+    found = [(node, matching_rule(contract, node, frozenset())) for node in graph.graph.all_nodes()]
+    return [(node, rule) for node, rule in found if rule and rule.quantizes and str(node.name) not in kept]
+
+
 def _axis(scheme: Scheme, array: NDArray[np.float32]) -> int | None:
     return scheme.granularity.axis % array.ndim if isinstance(scheme.granularity, PerChannel) else None
 
@@ -253,13 +264,14 @@ def kept_nodes(graph: ir.Model, patterns: Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: A pattern matches nothing.
     """
-    weighted = [node for node in graph.graph if questions.weight_of(node) is not None]
+    nodes = list(graph.graph.all_nodes())
+    weighted = [node for node in nodes if questions.has_weight(node)]
     kept: dict[str, str] = {}
     for pattern in patterns:
         if pattern in ("first", "last"):
             matches = weighted[:1] if pattern == "first" else weighted[-1:]
         else:
-            matches = [node for node in graph.graph if any(fnmatchcase(name, pattern) for name in _names(node))]
+            matches = [node for node in nodes if any(fnmatchcase(name, pattern) for name in _names(node))]
         if not matches:
             known = [name for node in weighted for name in _names(node)]
             raise InputError(f"Nothing in the model matches --keep {pattern!r}.", suggestion(pattern, known))
@@ -270,6 +282,6 @@ def kept_nodes(graph: ir.Model, patterns: Sequence[str]) -> dict[str, str]:
 def _names(node: ir.Node) -> list[str]:
     """What a user may call a node: its own name, and its weight's, which torch takes from the module."""
     names = [str(node.name)]
-    if questions.weight_of(node) is not None:
+    if questions.has_weight(node):
         names.append(questions.name_of(node.inputs[1]))
     return names

@@ -96,7 +96,7 @@ def _fold(graph: ir.Model) -> None:
     from onnxscript.rewriter.rules import common as rules
 
     passes.RemoveInitializersFromInputsPass()(graph)
-    optimizer.optimize_ir(graph)
+    optimizer.optimize_ir(graph, should_fold=_arranges_constants)
     rewriter.rewrite(
         graph,
         pattern_rewrite_rules=[
@@ -107,6 +107,16 @@ def _fold(graph: ir.Model) -> None:
     )
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     passes.ShapeInferencePass()(graph)
+
+
+def _arranges_constants(node: ir.Node) -> bool | None:
+    """Whether to fold a node however large its constants are; None leaves that to their size.
+
+    PyTorch writes the weights of an LSTM as slices and concatenations of its parameters. To put them in order now makes
+    no file larger, and what computes a weight hides it from quantization.
+    """
+    arranges = node.op_type in ("Concat", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+    return True if arranges and all(constant(value) is not None for value in node.inputs if value) else None
 
 
 def _scale_gemms(graph: ir.Model) -> None:

@@ -18,9 +18,6 @@ from qdeploy.registry import suggestion
 from qdeploy.samples.kinds import AnyPreprocessing, parse_preprocessing, preprocessing_from_json
 from qdeploy.toml import toml_text
 
-CALIBRATED = ("int8", "int8-fp16")
-"""Precisions that need ranges; the others skip calibration."""
-
 FROM_PYTHON = " given from Python"
 """How the written form of a Python object ends; a recipe that holds one cannot be run as it is."""
 

@@ -64,12 +64,31 @@ class Condition(StrEnum):
     """A named question about a node, answered by `qdeploy.graph.holds`."""
 
     CONSTANT_WEIGHT = "with a constant weight"
+    CONSTANT_MATRIX = "with a constant weight of two dimensions"
+    CONSTANT_RECURRENCE = "with constant input and recurrence weights"
     DEPTHWISE = "depthwise (one input channel a group)"
     TRANSPOSED_B = "with a constant weight and transB=1"
     CONSTANT_BIAS = "with a constant bias or none"
     NEAREST = "it repeats the nearest value (mode=nearest)"
     BETWEEN_QUANTIZED = "every input comes from a quantized operator"
     GRAPH_OUTPUT = "it writes a graph output that nothing else reads"
+    PLAIN_GEMM = "without transA or factors (alpha=1, beta=1)"
+    SEQUENCE_FIRST = "sequences lie along axis 0 (layout=0)"
+
+
+class Form(StrEnum):
+    """What a target is given: how its quantization is written into the ONNX graph."""
+
+    FLOAT = "float"
+    """The float graph; what is quantized, the target quantizes itself."""
+    QDQ = "qdq"
+    """Float operators between QuantizeLinear and DequantizeLinear, with ranges from calibration."""
+    DYNAMIC = "dynamic"
+    """Integer weights; activations are quantized at run time, with the range that each tensor turns out to have."""
+    WEIGHTS = "weights"
+    """Integer weights; activations stay float."""
+    HALF = "half"
+    """Weights in float16, each behind a Cast to float32."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,7 @@ class QuantContract:
         bias: How the bias of a quantized operator is stored.
         placement: Where QDQ pairs stand: before quantized operators only, or after them too.
         rules: In order; the first that matches a node wins. A node that none matches stays float.
+        form: What the target is given.
     """
 
     target: str
@@ -120,12 +140,14 @@ class QuantContract:
     bias: Literal["int32", "float"]
     placement: Literal["inputs", "inputs-and-outputs"]
     rules: tuple[OpRule, ...] = ()
+    form: Form = Form.QDQ
 
     def with_per_tensor_weights(self) -> QuantContract:
-        """The same contract with one scale for each weight tensor."""
+        """The same contract with one scale for each weight tensor; where kernels take blocks only, blocks stay."""
 
         def flat(scheme: Scheme | None) -> Scheme | None:
-            return replace(scheme, granularity=PerTensor()) if scheme else None
+            channels = scheme is not None and isinstance(scheme.granularity, PerChannel)
+            return replace(scheme, granularity=PerTensor()) if scheme and channels else scheme
 
         rules = tuple(replace(r, inputs={i: flat(s) for i, s in r.inputs.items()}) for r in self.rules)
         return replace(self, rules=rules)

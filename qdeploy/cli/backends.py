@@ -65,10 +65,21 @@ def _rules(target: str) -> Iterator[str]:
 
 def _head(contract: QuantContract) -> Iterator[str]:
     lowest, highest = contract.opsets
-    placement = {"inputs": "before", "inputs-and-outputs": "before and after"}[contract.placement]
     yield f"{contract.target}:{contract.precision}  opset {lowest} to {highest}, {contract.bias} biases"
-    yield f"QDQ pairs stand {placement} quantized operators. The first rule that matches an operator wins;"
-    yield "an operator that none matches stays float."
+    placement = {"inputs": "before", "inputs-and-outputs": "before and after"}[contract.placement]
+    forms = {**_FORMS, "qdq": f"QDQ pairs stand {placement} quantized operators."}
+    yield forms[contract.form] + (" The first rule that matches an operator wins;" if contract.rules else "")
+    if contract.rules:
+        yield "an operator that none matches stays float."
+
+
+_FORMS = {
+    "float": "The target is given the float graph.",
+    "dynamic": "Ranges of activations are measured at run time.",
+    "weights": "Weights are stored as integers, activations are float.",
+    "half": "Weights are stored in float16; what it computes in is up to the target.",
+}
+"""What a target is given, by its contract's form."""
 
 
 def _rule(rule: OpRule) -> Iterator[str]:

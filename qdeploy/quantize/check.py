@@ -1,4 +1,4 @@
-"""Whether a quantized graph is what its plan asked for. What fails here is a bug of ours, never the user's."""
+"""Whether a quantized graph is what was asked for. What fails here is a bug of ours, never the user's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from qdeploy import graph as questions
 from qdeploy.affine import Affine
 from qdeploy.errors import InternalError
+from qdeploy.model import FloatModel
 from qdeploy.plan import QuantPlan
 
 if TYPE_CHECKING:
@@ -21,29 +22,36 @@ def quantized_tensor(node: ir.Node) -> str:
 
 
 def check_quantized(graph: ir.Model, plan: QuantPlan) -> None:
-    """Valid ONNX, every Q with its DQ, inputs and outputs unchanged, just the planned tensors, with the planned scales.
+    """Every Q with its DQ, just the planned tensors, with the planned scales.
 
     Raises:
         InternalError: One of these does not hold.
     """
-    problems = [
-        *_interface_problems(graph, plan),
-        *_pair_problems(graph),
-        *_scale_problems(graph, plan),
-        *_checker_problems(graph),
-    ]
+    _refuse(plan.model, [*_pair_problems(graph), *_scale_problems(graph, plan)])
+
+
+def check_written(graph: ir.Model, model: FloatModel) -> None:
+    """Valid ONNX, with the inputs and outputs of the float model.
+
+    Raises:
+        InternalError: One of these does not hold.
+    """
+    _refuse(model, [*_interface_problems(graph, model), *_checker_problems(graph)])
+
+
+def _refuse(model: FloatModel, problems: list[str]) -> None:
     if problems:
-        message = f"the quantized {plan.model.name} is not what was planned: " + "; ".join(problems[:5])
+        message = f"the quantized {model.name} is not what was planned: " + "; ".join(problems[:5])
         raise InternalError(message)
 
 
-def _interface_problems(graph: ir.Model, plan: QuantPlan) -> list[str]:
+def _interface_problems(graph: ir.Model, model: FloatModel) -> list[str]:
     inputs = tuple(questions.spec(v) for v in graph.graph.inputs if not v.is_initializer())
     outputs = tuple(questions.spec(v) for v in graph.graph.outputs)
     problems = []
-    if inputs != plan.model.inputs:
+    if inputs != model.inputs:
         problems.append(f"inputs changed to {[str(s) for s in inputs]}")
-    if outputs != plan.model.outputs:
+    if outputs != model.outputs:
         problems.append(f"outputs changed to {[str(s) for s in outputs]}")
     return problems
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from qdeploy import graph as questions
 from qdeploy.plan import matching_rule
-from qdeploy.scheme import Granularity, OpRule, PerChannel, PerTensor, QuantContract, Scheme
+from qdeploy.scheme import Form, Granularity, OpRule, PerChannel, PerTensor, QuantContract, Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,10 +19,29 @@ NOT_QDQ = frozenset(
         *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"),
         *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
         *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QGemm", "QAttention"),
-        *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"),
+        *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"),
     }
 )
 """Operators that compute on integers themselves, of ONNX and of ONNX Runtime."""
+
+OWN: Mapping[Form, Mapping[str, str]] = MappingProxyType(
+    {
+        Form.DYNAMIC: {"DynamicQuantizeLinear": "", "MatMulInteger": "MatMul", "DynamicQuantizeLSTM": "LSTM"},
+        Form.WEIGHTS: {"MatMulNBits": "MatMul"},
+    }
+)
+"""The integer operators that a form consists of → the float operator whose rule they follow."""
+
+TAKEN: Mapping[Form, str] = MappingProxyType(
+    {
+        Form.FLOAT: "float operators",
+        Form.QDQ: "float operators between QDQ pairs",
+        Form.DYNAMIC: "MatMulInteger and DynamicQuantizeLSTM, on what DynamicQuantizeLinear delivers",
+        Form.WEIGHTS: "MatMulNBits",
+        Form.HALF: "float operators",
+    }
+)
+"""What a target is given, by its contract's form."""
 
 _AGAIN = "Quantize the float model again for this target: qdeploy quantize."
 
@@ -46,7 +66,7 @@ class Violation:
 
 
 def lint(graph: ir.Model, contract: QuantContract) -> tuple[Violation, ...]:
-    """Every rule that a QDQ graph breaks, in graph order; empty for one that keeps the contract.
+    """Every rule that a quantized graph breaks, in graph order; empty for one that keeps the contract.
 
     A weighted operator counts as quantized if its weight is stored as integers: one that merely reads what a quantized
     operator delivers may have been kept float on purpose. Other operators are held to the schemes of what they read.
@@ -60,8 +80,11 @@ def lint(graph: ir.Model, contract: QuantContract) -> tuple[Violation, ...]:
         str(value.name) for node in graph.graph for value in node.outputs if questions.stored_scheme(value) is not None
     )
     found = list(_opset_violations(graph, contract))
-    for node in graph.graph:
-        found += _node_violations(node, contract, quantized)
+    for node in graph.graph.all_nodes():
+        if node.op_type in NOT_QDQ or node.op_type == "QuantizeLinear":
+            found += _form_violations(node, contract)
+        else:
+            found += _node_violations(node, contract, quantized)
     return tuple(found)
 
 
@@ -73,12 +96,37 @@ def _opset_violations(graph: ir.Model, contract: QuantContract) -> Iterator[Viol
         yield Violation("", "", what, "Operators of other opsets mean other things.", _AGAIN)
 
 
+def _form_violations(node: ir.Node, contract: QuantContract) -> Iterator[Violation]:
+    """What is quantized in another way than the target's."""
+    own = OWN.get(contract.form, {})
+    reason, problems = "The target chooses its integer kernels itself.", []
+    if node.op_type in own:
+        rule = next((r for r in contract.rules if r.op_type == own[node.op_type] and r.quantizes), None)
+        if rule is not None:
+            reason, problems = rule.reason, [*_integer_problems(node, rule, contract)]
+    elif node.op_type in NOT_QDQ:
+        problems = [f"not QDQ: it computes on integers itself; {contract.target} takes {TAKEN[contract.form]}"]
+    elif own:
+        problems = [f"its range is fixed; {contract.target} takes {TAKEN[contract.form]}"]
+    for what in problems:
+        yield Violation(str(node.name), node.op_type, what, reason, _AGAIN)
+
+
+def _integer_problems(node: ir.Node, rule: OpRule, contract: QuantContract) -> Iterator[str]:
+    """Weights stored as other integers than the rule of the float operator asks for."""
+    for index, wanted in rule.inputs.items():
+        value = node.inputs[index]
+        array = questions.constant(value)
+        if wanted is None or value is None or array is None:
+            continue
+        bits = node.attributes.get_int("bits", 4)
+        found = f"int{bits}" if node.op_type == "MatMulNBits" else array.dtype.name
+        if found != str(wanted.integer):
+            yield f"input {index} ({value.name!r}) is stored as {found}; {contract.target} takes {wanted}"
+
+
 def _node_violations(node: ir.Node, contract: QuantContract, quantized: frozenset[str]) -> Iterator[Violation]:
-    if node.op_type in NOT_QDQ:
-        what = f"not QDQ: it computes on integers itself; {contract.target} takes float operators between QDQ pairs"
-        yield Violation(str(node.name), node.op_type, what, "The target chooses its integer kernels itself.", _AGAIN)
-        return
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+    if node.op_type == "DequantizeLinear":
         return
     stored = {index: questions.stored_scheme(value) for index, value in enumerate(node.inputs)}
     weighted = questions.weight_of(node) is not None

@@ -13,9 +13,10 @@ import numpy as np
 from qdeploy import graph as questions
 from qdeploy.affine import Affine, IntegerType, Range
 from qdeploy.errors import UnavailableError
-from qdeploy.model import QuantizedModel, digest_of_files, model_files
+from qdeploy.model import QuantizedModel
 from qdeploy.plan import QuantPlan
 from qdeploy.quantize.check import check_quantized, quantized_tensor
+from qdeploy.quantize.write import write
 
 if TYPE_CHECKING:
     import onnx
@@ -35,17 +36,14 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     graph = questions.load_graph(plan.model.path)
     _replace_constants(graph, plan)
     _absorb_activations(graph, plan)
-    quantized_nodes = [n.name for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
+    quantized_nodes = [str(n.name) for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
     whole = ir.to_proto(ir.external_data.load_to_model(graph))  # ORT looks for external data in the current folder
-    graph = ir.from_proto(_insert_qdq(whole, plan, [str(name) for name in quantized_nodes]))
+    graph = ir.from_proto(_insert_qdq(whole, plan, quantized_nodes))
     _leave_float(graph, plan)
     passes.RemoveUnusedNodesPass()(graph)
     graph.graph.sort()
     check_quantized(graph, plan)
-    path = directory / "model.onnx"
-    questions.save_graph(graph, path)
-    digest = digest_of_files(model_files(path))
-    return QuantizedModel(path, digest, plan.model, plan.contract, frozenset(map(str, quantized_nodes)))
+    return write(graph, plan.model, plan.contract, quantized_nodes, directory)
 
 
 def _replace_constants(graph: ir.Model, plan: QuantPlan) -> None:

@@ -298,3 +298,55 @@ def test_one_dequantized_weight_may_serve_two_operators(tmp_path):
     graph = by_another_tool(text, tmp_path, **types(activation="QInt8", weight="QInt8"))
 
     assert [(v.node, v.what[:7]) for v in lint(graph, CONTRACT)] == [("one", "input 0"), ("two", "input 0")]
+
+
+DYNAMIC = OrtCpu().contract("int8-dynamic", Options())
+PRODUCT = "net (float[N,S,4] x) => (float y) <float[4,4] w> { [m] y = MatMul (x, w) }"
+
+
+def test_another_tools_dynamic_model_can_keep_the_dynamic_contract(tmp_path):
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(str(float_model(PRODUCT, tmp_path).path), str(tmp_path / "dynamic.onnx"))
+
+    assert lint(load_graph(tmp_path / "dynamic.onnx"), DYNAMIC) == ()
+
+
+def test_unsigned_weights_break_the_dynamic_contract(tmp_path):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = tmp_path / "dynamic.onnx"
+    quantize_dynamic(str(float_model(PRODUCT, tmp_path).path), str(path), weight_type=QuantType.QUInt8)
+
+    (found,) = lint(load_graph(path), DYNAMIC)
+
+    assert found.op_type == "MatMulInteger"
+    assert found.what == (
+        "input 1 ('w_quantized') is stored as uint8; ort-cpu takes int8 symmetric per-channel (axis 1)"
+    )
+
+
+def test_fixed_ranges_break_the_dynamic_contract(tmp_path):
+    graph = by_another_tool(PRODUCT, tmp_path, **types(activation="QUInt8", weight="QInt8"))
+
+    found = lint(graph, DYNAMIC)
+
+    assert (
+        "its range is fixed; ort-cpu takes MatMulInteger and DynamicQuantizeLSTM, on what DynamicQuantizeLinear "
+        in (found[0].what)
+    )
+    assert found[0].reason
+
+
+def test_weights_of_four_bits_break_the_contract_of_eight(tmp_path):
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    text = PRODUCT.replace("4]", "64]").replace("[4,", "[64,")
+    quantizer = MatMulNBitsQuantizer(onnx.load(float_model(text, tmp_path).path), block_size=32, is_symmetric=True)
+    quantizer.process()
+    onnx.save(quantizer.model.model, tmp_path / "nbits.onnx")
+
+    (found,) = lint(load_graph(tmp_path / "nbits.onnx"), OrtCpu().contract("int8-weights", Options()))
+
+    assert "is stored as int4; ort-cpu takes int8 symmetric blocks of 32 (axis 0)" in found.what

@@ -10,7 +10,7 @@ from qdeploy.affine import Affine, IntegerType, Range, affine_from_limits
 from qdeploy.affine import quantize as integers_of
 from qdeploy.errors import InternalError
 from qdeploy.model import digest_of_files
-from qdeploy.quantize.check import check_quantized
+from qdeploy.quantize.check import check_quantized, check_written
 from qdeploy.samples.source import Sample
 from qdeploy.scheme import OpRule, PerChannel, QuantContract, Scheme
 
@@ -686,7 +686,7 @@ def test_a_renamed_output_is_found(sound):
     graph.graph.outputs[0].name = "other"
 
     with pytest.raises(InternalError, match=r"outputs changed to \['other=float32\[1,2,6,6\]'\]"):
-        check_quantized(graph, plan)
+        check_written(graph, plan.model)
 
 
 def test_a_lost_input_is_found(sound):
@@ -696,7 +696,7 @@ def test_a_lost_input_is_found(sound):
     graph.graph.inputs.append(ir.val("extra", ir.DataType.FLOAT, (1,)))
 
     with pytest.raises(InternalError, match=r"inputs changed to .*extra"):
-        check_quantized(graph, plan)
+        check_written(graph, plan.model)
 
 
 def test_invalid_onnx_is_found(sound):
@@ -706,7 +706,7 @@ def test_invalid_onnx_is_found(sound):
     broken.op_type = "Nonsense"
 
     with pytest.raises(InternalError, match=r"the ONNX checker says: .*Nonsense"):
-        check_quantized(graph, plan)
+        check_written(graph, plan.model)
 
 
 def test_a_changed_zero_point_is_found(sound):
