@@ -121,6 +121,7 @@ class _Worker:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._shapes_decide = True
         self._buffers: list[NDArray[Any]] = []
+        self._binding: onnxruntime.IOBinding | None = None
 
     def run(self, sample: Sample) -> _Pass:
         inputs = input_arrays(sample.inputs)
@@ -148,21 +149,23 @@ class _Worker:
 
         shapes = {name: array.shape for name, array in inputs.items()}
         if shapes == self._shapes and self._shapes_decide:
-            binding = self._session.io_binding()
+            if self._binding is None:
+                self._binding = self._session.io_binding()
+                for name, buffer in zip(self._outputs, self._buffers, strict=True):
+                    self._binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             for name, array in inputs.items():
-                binding.bind_cpu_input(name, array)
-            for name, buffer in zip(self._outputs, self._buffers, strict=True):
-                binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+                self._binding.bind_cpu_input(name, array)
             quietly = ort.RunOptions()
             quietly.log_severity_level = 4
             try:
-                self._session.run_with_iobinding(binding, quietly)
+                self._session.run_with_iobinding(self._binding, quietly)
             except Exception:  # noqa: BLE001 - of whatever class; the plain run below raises what is a fault
                 self._shapes_decide = False  # an output's shape depends on the values, too
             else:
                 return self._buffers
         self._buffers = self._session.run(None, dict(inputs))
         self._shapes = shapes
+        self._binding = None
         return self._buffers
 
     def statistics(self) -> dict[str, TensorStatistics]:

@@ -6,6 +6,7 @@ because of NaN, do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +27,7 @@ _LOWEST_KEY = -(1 << 31)
 _HIGHEST_KEY = (1 << 31) - 1
 _INFINITY_KEY = 0x7F800000
 
-Kernel = Callable[..., bool]
+Kernel = Callable[..., tuple[int, int]]
 
 
 def keys_of(values: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -42,7 +43,7 @@ def values_of(keys: NDArray[np.int32]) -> NDArray[np.float32]:
 
 @cache
 def kernel() -> Kernel:
-    """The compiled loop, or the numpy one without numba. Returns whether all values were finite.
+    """The compiled loop, or the numpy one without numba. Returns the keys of the smallest and the largest value.
 
     Arguments: values [outer, channels, inner]; the same memory as int32; table [bins, lanes]; low and high keys
     [channels] and sums in limbs [channels, 5], all three updated in place unless a value was not finite.
@@ -62,21 +63,29 @@ def tally_with_numpy(
     low: NDArray[np.int32],
     high: NDArray[np.int32],
     limbs: NDArray[np.int64],
-) -> bool:
+) -> tuple[int, int]:
     """The loop without numba: the same counts and extremes, and sums equal up to their last float64 digits."""
     table[:, 0] += np.bincount(bits.reshape(-1).view(np.uint32) >> BIN_SHIFT, minlength=BINS).astype(np.int32)
-    if not np.isfinite(values).all():
-        return False
     keys = keys_of(values)
-    np.minimum(low, keys.min(axis=(0, 2)), out=low)
-    np.maximum(high, keys.max(axis=(0, 2)), out=high)
-    limbs += fixed_point(values.sum(axis=(0, 2), dtype=np.float64))
-    return True
+    lowest, highest = keys.min(axis=(0, 2)), keys.max(axis=(0, 2))
+    if is_finite(int(lowest.min()), int(highest.max())):
+        np.minimum(low, lowest, out=low)
+        np.maximum(high, highest, out=high)
+        limbs += fixed_point(values.sum(axis=(0, 2), dtype=np.float64))
+    return int(lowest.min()), int(highest.max())
+
+
+def is_finite(lowest: int, highest: int) -> bool:
+    """Whether values are all finite, by the keys of the smallest and the largest of them."""
+    return lowest > -_INFINITY_KEY - 1 and highest < _INFINITY_KEY
 
 
 @dataclass
 class Tally:
-    """One tensor's running statistics within one worker; the only thing of calibration that changes in place."""
+    """One tensor's running statistics within one worker; the only thing of calibration that changes in place.
+
+    `extreme_keys` are the keys of the smallest and the largest finite value so far.
+    """
 
     name: str
     channel_axis: int | None
@@ -90,7 +99,9 @@ class Tally:
         self._high = np.full(self.channels, _LOWEST_KEY, np.int32)
         self._limbs = np.zeros((self.channels, LIMBS), np.int64)
         self._count = np.zeros(self.channels, np.int64)
+        self._whole_count = 0
         self._adds = 0
+        self.extreme_keys = (_HIGHEST_KEY, _LOWEST_KEY)
 
     def add(self, array: NDArray[Any]) -> None:
         """Count one sample's tensor."""
@@ -102,10 +113,13 @@ class Tally:
             self._flush()
         self._pending += values.size
         self._adds += 1
-        if kernel()(values, bits, self._table, self._low, self._high, self._limbs):
-            self._count += values.size // self.channels
+        lowest, highest = kernel()(values, bits, self._table, self._low, self._high, self._limbs)
+        if is_finite(lowest, highest):
+            self._whole_count += values.size // self.channels
+            self.extreme_keys = (min(self.extreme_keys[0], lowest), max(self.extreme_keys[1], highest))
         else:
             self._add_finite_part(values)
+            self.extreme_keys = (int(self._low.min()), int(self._high.max()))
 
     def _add_finite_part(self, values: NDArray[np.float32]) -> None:
         finite = np.isfinite(values)
@@ -122,17 +136,13 @@ class Tally:
         self._limbs = carry(self._limbs)
         self._pending = self._adds = 0
 
-    @property
-    def extreme_keys(self) -> tuple[int, int]:
-        """Keys of the smallest and the largest finite value so far."""
-        return int(self._low.min()), int(self._high.max())
-
     def statistics(self) -> TensorStatistics:
         """What was counted so far."""
         self._flush()
         half = BINS // 2
         non_finite = np.arange(BINS) % half >= _INFINITY_KEY >> BIN_SHIFT
-        seen = self._count > 0
+        count = self._count + self._whole_count
+        seen = count > 0
         return TensorStatistics(
             self.name,
             self.channel_axis,
@@ -140,7 +150,7 @@ class Tally:
             int(self._histogram[non_finite].sum()),
             np.where(seen, values_of(self._low), np.float32(np.inf)),
             np.where(seen, values_of(self._high), np.float32(-np.inf)),
-            self._count.copy(),
+            count,
             self._limbs,
         )
 
@@ -151,4 +161,4 @@ def as_channels(array: NDArray[Any], axis: int | None) -> NDArray[np.float32]:
     if axis is None:
         return values.reshape(1, 1, -1)
     axis %= values.ndim
-    return values.reshape(int(np.prod(values.shape[:axis])), values.shape[axis], -1)
+    return values.reshape(math.prod(values.shape[:axis]), values.shape[axis], -1)

@@ -66,8 +66,9 @@ def tally(values, bits, table, low, high, limbs):  # noqa: ANN001, ANN201
         _scan_columns(values, bits, lowest, highest, total)
     else:
         _scan_rows(values, bits, lowest, highest, total)
-    if lowest.min() <= -_INFINITY - 1 or highest.max() >= _INFINITY:
-        return False
+    smallest, largest = lowest.min(), highest.max()
+    if smallest <= -_INFINITY - 1 or largest >= _INFINITY:
+        return smallest, largest
     for c in range(channels):
         low[c], high[c] = min(low[c], lowest[c]), max(high[c], highest[c])
         rest = total[c]
@@ -75,4 +76,4 @@ def tally(values, bits, table, low, high, limbs):  # noqa: ANN001, ANN201
             whole = np.trunc(rest / _LIMB_UNITS[k])
             limbs[c, k] += np.int64(whole)
             rest -= whole * _LIMB_UNITS[k]
-    return True
+    return smallest, largest

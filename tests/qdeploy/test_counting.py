@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from qdeploy import counting
-from qdeploy.counting import BINS, LANES, LIMBS, Tally, as_channels, kernel, keys_of, tally_with_numpy, values_of
+from qdeploy.counting import (
+    BINS,
+    LANES,
+    LIMBS,
+    Tally,
+    as_channels,
+    is_finite,
+    kernel,
+    keys_of,
+    tally_with_numpy,
+    values_of,
+)
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ANY = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
@@ -86,12 +97,14 @@ def test_the_compiled_loop_is_the_numpy_loop(values):
         low = np.full(values.shape[1], 2**31 - 1, np.int32)
         high = np.full(values.shape[1], -(2**31), np.int32)
         limbs = np.zeros((values.shape[1], LIMBS), np.int64)
-        finite = loop(values, values.view(np.int32), table, low, high, limbs)
-        return finite, table.sum(axis=1), low, high, [exact(row) for row in limbs]
+        extremes = loop(values, values.view(np.int32), table, low, high, limbs)
+        return extremes, table.sum(axis=1), low, high, [exact(row) for row in limbs]
 
     numba, numpy = counted(kernel()), counted(tally_with_numpy)
 
-    assert numba[0] == numpy[0] == bool(np.isfinite(values).all())
+    keys = keys_of(values)
+    assert tuple(numba[0]) == numpy[0] == (keys.min(), keys.max())
+    assert is_finite(*numpy[0]) == bool(np.isfinite(values).all())
     for one, other in zip(numba[1:4], numpy[1:4], strict=True):
         np.testing.assert_array_equal(one, other)
     magnitude = np.abs(np.where(np.isfinite(values), values, 0).astype(np.float64)).sum(axis=(0, 2))
