@@ -26,6 +26,9 @@ FLUSH_AFTER = 1 << 30
 _LOWEST_KEY = -(1 << 31)
 _HIGHEST_KEY = (1 << 31) - 1
 _INFINITY_KEY = 0x7F800000
+_NON_FINITE_BINS = tuple(slice(end - (0x800000 >> BIN_SHIFT), end) for end in (BINS // 2, BINS))
+"""The last bins of each sign: their exponent is all ones."""
+
 
 Kernel = Callable[..., tuple[int, int]]
 
@@ -139,15 +142,16 @@ class Tally:
     def statistics(self) -> TensorStatistics:
         """What was counted so far."""
         self._flush()
-        half = BINS // 2
-        non_finite = np.arange(BINS) % half >= _INFINITY_KEY >> BIN_SHIFT
         count = self._count + self._whole_count
         seen = count > 0
+        finite = self._histogram.copy()
+        for non_finite in _NON_FINITE_BINS:
+            finite[non_finite] = 0
         return TensorStatistics(
             self.name,
             self.channel_axis,
-            np.where(non_finite, 0, self._histogram),
-            int(self._histogram[non_finite].sum()),
+            finite,
+            int(sum(self._histogram[non_finite].sum() for non_finite in _NON_FINITE_BINS)),
             np.where(seen, values_of(self._low), np.float32(np.inf)),
             np.where(seen, values_of(self._high), np.float32(-np.inf)),
             count,
