@@ -77,15 +77,16 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
                 statistics = collect(model, samples.calibration, on_sample=advance)
         if statistics is not None:
             statistics.require_model(model.digest)
-        built, missing = [], dict[str, Unavailable]()
-        for job in jobs:
-            with progress.step(f"Building {job.folder}"):
-                try:
+        built = []
+        for place, job in enumerate(lookups):
+            if not isinstance(job, Job):
+                continue
+            try:
+                with progress.step(f"Building {job.folder}"):
                     built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle)))
-                except UnavailableError as error:  # what this machine lacks may show only now
-                    shutil.rmtree(bundle / job.folder)
-                    missing[job.folder] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
-        lookups = [missing.get(each.folder, each) if isinstance(each, Job) else each for each in lookups]
+            except UnavailableError as error:  # what this machine lacks may show only now
+                shutil.rmtree(bundle / job.folder)
+                lookups[place] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
         measured = measure(model, built, samples.evaluation, metric, progress)
         outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured)
         with progress.step("Writing the bundle"):
