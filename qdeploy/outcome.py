@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qdeploy.report.schema import Reference, Report, Target
 
 
+INTEGER_FORMS = (Form.QDQ, Form.DYNAMIC, Form.WEIGHTS)
+
 LAYERS = "layers.json"
 """What each node became: beside an artifact's files, and none of them."""
 
@@ -249,10 +251,15 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
 
 
 def _warnings(outcome: Outcome, measured: Measured) -> Iterator[str]:
-    budget, stray = outcome.recipe.max_drop, measured.stray
+    job, budget, stray = measured.built.job, outcome.recipe.max_drop, measured.stray
+    if measured.built.quantized is not None and job.contract.form in INTEGER_FORMS:
+        layers = measured.built.artifact.layers
+        if layers and not any(layer.precision.startswith("int") for layer in layers):
+            rules = f"qdeploy backends --ops {job.backend.name}:{job.precision}"
+            yield f"No operator of this model became an integer one; {rules} says which do."
     if budget is not None and (warning := budget_warning(budget, measured.comparison.samples)):
         yield warning
-    tolerance = measured.built.job.backend.tolerance_lsb
+    tolerance = job.backend.tolerance_lsb
     if stray is not None and stray.steps > tolerance and not stray.exceeds(tolerance):
         yield f"Up to {stray.steps:.0f} steps of the output from its own QDQ graph: less than quantization changed."
 

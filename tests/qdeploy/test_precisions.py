@@ -80,3 +80,16 @@ def test_a_kept_pattern_without_a_match_is_refused(deployed, tmp_path):
     with pytest.raises(InputError, match="matches --keep 'nothing'"):
         run(Recipe(source, targets("int8-dynamic"), evaluation=samples, keep=("nothing",)), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_precision_that_quantizes_nothing_says_so(tmp_path):
+    float_model("net (float[1,3,8,8] x) => (float y) <float[4,3,3,3] w> { [c] y = Conv (x, w) }", tmp_path)
+    source = ModelSource.parse(str(tmp_path / "source" / "model.onnx"))
+    samples = [{"x": np.ones((1, 3, 8, 8), np.float32)}]
+
+    report = run(Recipe(source, targets("int8-dynamic", "fp16"), evaluation=samples), tmp_path / "bundle")
+
+    silent = (
+        "No operator of this model became an integer one; qdeploy backends --ops ort-cpu:int8-dynamic says which do."
+    )
+    assert [row.warnings for row in report.targets] == [(silent,), ()]
