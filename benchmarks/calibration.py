@@ -35,6 +35,9 @@ from qdeploy.samples.source import Sample
 from qdeploy.scheme import Scheme
 from qdeploy.statistics import Statistics
 
+FEW = 4
+"""Samples of a pass that shows the fixed cost: the graph, the session, first runs."""
+
 READERS = ("minmax", "percentile", "entropy", "mse")
 ORT_METHODS = ("MinMax", "Entropy", "Percentile")
 
@@ -72,20 +75,24 @@ def _print_time(model: FloatModel, samples: list[Sample], counts: Sequence[int],
     rows = []
     collect(model, samples[:2])  # loads or compiles the counting loop
     for count in counts:
-        pairs = [_pair(model, samples[:count], index) for index in range(repeats)]
-        ratios = [collecting / inferring for inferring, collecting in pairs]
-        inferring, collecting = (median(times) for times in zip(*pairs, strict=True))
+        turns = [_turn(model, samples[:count], index) for index in range(repeats)]
+        inferring, collecting, fixed = (median(times) for times in zip(*turns, strict=True))
+        ratios = [whole / plain for plain, whole, _ in turns]
+        further = [(whole - few) / (plain * (count - FEW) / count) for plain, whole, few in turns]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        rows.append((f"{count}", f"{inferring:.2f} s", f"{collecting:.2f} s", f"**{median(ratios):.2f}**", spread))
-    print_table(("Samples", "Plain inference", "qdeploy.collect", "Ratio, median", f"of {repeats}"), rows)
+        times = (f"{inferring:.2f} s", f"{collecting:.2f} s", f"{fixed:.2f} s")
+        rows.append((f"{count}", *times, f"**{median(ratios):.2f}**", spread, f"{median(further):.2f}"))
+    titles = ("Samples", "Plain inference", "qdeploy.collect", f"of {FEW} samples", "Ratio, median", f"of {repeats}")
+    print_table((*titles, "Ratio of the further samples"), rows)
 
 
-def _pair(model: FloatModel, samples: list[Sample], index: int) -> tuple[float, float]:
-    """Seconds of plain inference and of a whole calibration pass; which comes first alternates."""
+def _turn(model: FloatModel, samples: list[Sample], index: int) -> tuple[float, float, float]:
+    """Seconds of plain inference, of a whole calibration pass, and of one over few samples; the first two alternate."""
+    few = _collection_seconds(model, samples[:FEW])
     if index % 2 == 0:
-        return inference_seconds(model, samples), _collection_seconds(model, samples)
+        return inference_seconds(model, samples), _collection_seconds(model, samples), few
     collecting = _collection_seconds(model, samples)
-    return inference_seconds(model, samples), collecting
+    return inference_seconds(model, samples), collecting, few
 
 
 def inference_seconds(model: FloatModel, samples: list[Sample]) -> float:
