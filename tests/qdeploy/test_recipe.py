@@ -415,10 +415,10 @@ def test_every_recipe_is_read_back_from_its_file(scratch, recipe):
 
 
 def test_paths_are_written_as_seen_from_the_files_folder(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
+    (tmp_path / "project").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "work" / "link").symlink_to(tmp_path / "elsewhere")
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "project" / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "project")
     recipe = Recipe(
         ModelSource.parse("model.py:build"),
         (),
@@ -429,7 +429,7 @@ def test_paths_are_written_as_seen_from_the_files_folder(tmp_path, monkeypatch):
 
     written = tomllib.loads(recipe.as_toml(tmp_path / "out" / "net"))
 
-    assert written["model"]["source"] == "../../work/model.py:build"
+    assert written["model"]["source"] == "../../project/model.py:build"
     assert written["calibration"]["data"] == "package.module:samples"
     assert written["evaluation"]["data"] == "../../labelled"
     assert written["parity"]["metric"] == "../../elsewhere/metrics.py:score"
