@@ -6,6 +6,7 @@ Graphs are onnx-ir models: `ir.Model`, `ir.Node`, `ir.Value`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +248,7 @@ def _is_inside_fusion(value: ir.Value) -> bool:
     return producer is not None and producer.op_type in QUANTIZABLE and fused_activation(producer) is not None
 
 
-def holds(condition: Condition, node: ir.Node, quantized: frozenset[str]) -> bool:  # noqa: C901, PLR0911 - an answer a question
+def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> bool:  # noqa: C901, PLR0911 - an answer a question
     """Answer a contract's question about a node.
 
     Args:

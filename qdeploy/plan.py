@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -115,7 +116,7 @@ class _Draft:
         absorber = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         if absorber is not None and questions.fused_activation(absorber) is node:
             return self._absorbed(node, absorber)
-        rule = matching_rule(self.contract, node, frozenset(self.activations))
+        rule = matching_rule(self.contract, node, self.activations.keys())
         reason = self._why_float(node, rule)
         if rule is None or reason:
             return NodePlan(node.op_type, quantized=False, reason=reason)
@@ -222,7 +223,7 @@ class _Draft:
         return Affine(scale, weight.zero_point, weight.integer, weight.axis)
 
 
-def matching_rule(contract: QuantContract, node: ir.Node, quantized: frozenset[str]) -> OpRule | None:
+def matching_rule(contract: QuantContract, node: ir.Node, quantized: AbstractSet[str]) -> OpRule | None:
     """The contract's first rule for a node, or None.
 
     Args:
