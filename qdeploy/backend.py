@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,10 @@ from qdeploy.scheme import QuantContract
 
 Arrays = Mapping[str, NDArray[Any]]
 """Model inputs or outputs by name, batch included."""
+
+
+def no_progress(fraction: float) -> None:
+    """Tells nobody how much is done."""
 
 
 class Evidence(StrEnum):
@@ -135,9 +139,35 @@ class Backend(ABC):
     def contract(self, precision: str, options: Any) -> QuantContract:
         """The target's rules for one of its precisions."""
 
+    def check(self, model: FloatModel, precision: str, options: Any) -> None:  # noqa: B027 - most targets take any model
+        """Refuse, before anything is calibrated, a float model that cannot be built at this precision.
+
+        Raises:
+            InputError: Something that the user can say is missing or wrong.
+            UnavailableError: The target cannot build it here.
+        """
+
     @abstractmethod
-    def lower(self, model: FloatModel | QuantizedModel, precision: str, directory: Path, options: Any) -> Artifact:
-        """Build the artifact in an empty folder. A FloatModel at "fp32" gives the baseline for speed."""
+    def lower(
+        self,
+        model: FloatModel | QuantizedModel,
+        precision: str,
+        directory: Path,
+        options: Any,
+        on_progress: Callable[[float], None] = no_progress,
+    ) -> Artifact:
+        """Build the artifact in an empty folder. A FloatModel at "fp32" gives the baseline for speed.
+
+        Args:
+            model: In the form that the contract of the precision names.
+            precision: One that the target takes.
+            directory: Where to write, and nowhere else.
+            options: The target's own.
+            on_progress: Told now and then which part of the work is done, from 0 to 1, by whatever thread does it.
+
+        Raises:
+            UnavailableError: The target cannot build it here.
+        """
 
     @abstractmethod
     def open(self, artifact: Artifact, options: Any) -> Runner:
@@ -167,7 +197,7 @@ def _parse_value(target: str, key: str, text: str, wanted: Any) -> Any:
         if wanted is bool and text in ("true", "false"):
             return text == "true"
         if get_origin(wanted) is tuple:
-            return tuple(text.split(","))
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         if wanted in (int, float, str) and not choices:
             return wanted(text)
     except ValueError:

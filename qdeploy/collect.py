@@ -7,11 +7,9 @@ no thread waits for another within a sample, and since tallies merge exactly, th
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import reduce
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from qdeploy.backend import Arrays, input_arrays
 from qdeploy.counting import Tally, values_of
 from qdeploy.errors import InputError
-from qdeploy.graph import load_graph, observed_tensors, save_graph
+from qdeploy.graph import load_graph, observed_tensors
 from qdeploy.model import FloatModel
 from qdeploy.samples.source import Sample
 from qdeploy.samples.warnings import practice_warnings, sample_digest
@@ -29,7 +27,6 @@ from qdeploy.session import open_session
 from qdeploy.statistics import Statistics, TensorStatistics
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import onnxruntime
 
 LAST_PART = 0.1
@@ -56,15 +53,14 @@ def collect(
         InputError: There are no samples, or the model fails on one of them.
     """
     workers = workers or os.cpu_count() or 1
-    graph = load_graph(model.path)
-    axes = observed_tensors(graph)
-    with tempfile.TemporaryDirectory(prefix="qdeploy-") as directory:
-        session = open_session(_observation_graph(graph, axes, Path(directory)), threads=1)
-        idle: SimpleQueue[_Worker] = SimpleQueue()
-        pool_of_workers = [_Worker(session, axes) for _ in range(workers)]
-        for worker in pool_of_workers:
-            idle.put(worker)
-        passes = list(_run(samples, idle, workers, on_sample))
+    axes = observed_tensors(load_graph(model.path))
+    present = {spec.name for spec in (*model.inputs, *model.outputs)}
+    session = open_session(model.path, threads=1, observed=[name for name in axes if name not in present])
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    pool_of_workers = [_Worker(session, axes) for _ in range(workers)]
+    for worker in pool_of_workers:
+        idle.put(worker)
+    passes = list(_run(samples, idle, workers, on_sample))
     if not passes:
         raise InputError("There are no calibration samples.", "Give a source that yields at least one.")
     tensors = _merged([worker.statistics() for worker in pool_of_workers])
@@ -175,16 +171,6 @@ class _Worker:
 def _classes(labels: NDArray[Any] | None) -> list[int]:
     """Labels that stand for classes; real numbers stand for none."""
     return labels.reshape(-1).tolist() if labels is not None and labels.dtype.kind in "iu" else []
-
-
-def _observation_graph(graph: ir.Model, observed: Iterable[str], directory: Path) -> Path:
-    """Write the graph with every observed tensor as one more output."""
-    present = {value.name for value in (*graph.graph.inputs, *graph.graph.outputs)}
-    computed = {value.name: value for node in graph.graph for value in node.outputs}
-    graph.graph.outputs.extend(computed[name] for name in observed if name not in present)
-    path = directory / "observed.onnx"
-    save_graph(graph, path)
-    return path
 
 
 def _merged(parts: list[dict[str, TensorStatistics]]) -> dict[str, TensorStatistics]:

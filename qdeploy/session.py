@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -18,7 +19,12 @@ GraphLevel = Literal["disable", "basic", "extended", "all"]
 
 
 def open_session(
-    path: Path, *, threads: int = 0, graph_level: GraphLevel = "all", optimized: Path | None = None
+    path: Path,
+    *,
+    threads: int = 0,
+    graph_level: GraphLevel = "all",
+    optimized: Path | None = None,
+    observed: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU provider.
 
@@ -27,6 +33,7 @@ def open_session(
         threads: Threads within an operator; 0 for one a core.
         graph_level: How far ORT may rewrite the graph. Numerics are compared under "disable", latency under "all".
         optimized: Where ORT writes the graph that it really runs, if asked for.
+        observed: Names of further tensors that the session gives as outputs, behind the graph's own.
 
     Raises:
         UnavailableError: onnxruntime is not installed.
@@ -38,7 +45,7 @@ def open_session(
         raise UnavailableError("onnxruntime is not installed.", "Install it: pip install 'qdeploy[cpu]'") from error
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what is an error is raised, too
     options.graph_optimization_level = {
         "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -49,10 +56,25 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    model = _with_outputs(path, observed, options) if observed else str(path)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a different class for each of its status codes
         raise InputError(f"ONNX Runtime cannot load {path.name}: {str(error).strip()}") from error
+
+
+def _with_outputs(path: Path, names: Sequence[str], options: onnxruntime.SessionOptions) -> bytes:
+    """A model whose graph gives further tensors as outputs; ORT infers their types.
+
+    Serialized protobuf messages merge when they are concatenated, and repeated fields are joined, so that nothing is
+    parsed or written here (protobuf.dev, "Encoding", section "Last One Wins").
+    """
+    import onnx
+
+    graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names])
+    # Where external data lie is not known from bytes.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return path.read_bytes() + onnx.ModelProto(graph=graph).SerializeToString()
 
 
 class SessionRunner(Runner):
@@ -76,11 +98,9 @@ class SessionRunner(Runner):
         if self._session is None:
             message = f"the runner of {self._path.name} is used outside `with`"
             raise InternalError(message)
-        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
-
         try:
             outputs = self._session.run(self._names, input_arrays(inputs))
-        except (InvalidArgument, RuntimeException, ValueError) as error:
+        except Exception as error:  # ORT raises a different class for each of its status codes
             given = ", ".join(f"{name}={array.dtype}{list(array.shape)}" for name, array in inputs.items())
             taken = ", ".join(f"{i.name}={i.type}{i.shape}" for i in self._session.get_inputs())
             what = f"ONNX Runtime cannot run {self._path.name} on {given or 'no inputs'}: {error}"

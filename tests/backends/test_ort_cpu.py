@@ -270,3 +270,90 @@ def test_a_runner_outside_with_says_so(tmp_path):
 
     with pytest.raises(InternalError, match=r"the runner of model\.onnx is used outside `with`"):
         OrtCpu().open(artifact, Options()).run({})
+
+
+def stem(kernel, weight, shape="1,3,12,12", attributes="strides=[2,2]"):
+    """A network whose first convolution reads the model's input."""
+    return alone(
+        f"[stem] s = Conv <{attributes}> (x, w)\n[next] y = Conv (s, wn)",
+        f"float[{weight},{kernel}] w, float[4,8,1,1] wn",
+        shape,
+    )
+
+
+def lowered(text, folder):
+    """A network quantized and lowered, and its artifact."""
+    quantized = quantized_model(float_model(text, folder), OrtCpu().contract("int8", Options()), folder)
+    (folder / "artifact").mkdir()
+    return quantized, OrtCpu().lower(quantized, "int8", folder / "artifact", Options())
+
+
+def stem_weights(path):
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    arrays = [value.const_value.numpy() for value in graph.initializers.values()]
+    return [array for array in arrays if array.ndim > 1 and array.shape[0] == 8]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "weight", "shape"),
+    [
+        ("3,3", "8,3", "1,3,12,12"),
+        ("3,3", "8,1", "N,1,H,W"),
+        ("1,1", "8,2", "1,2,12,12"),
+        ("5,5", "8,7", "2,7,12,12"),
+        ("3", "8,3", "1,3,12"),
+    ],
+)
+def test_first_convolution_gets_channels_by_fours_and_gives_the_same(kernel, weight, shape, tmp_path):
+    attributes = "strides=[2], pads=[1,1]" if kernel == "3" else "strides=[2,2], pads=[1,0,0,1]"
+    text = stem(kernel, weight, shape, attributes)
+    text = text.replace("[4,8,1,1]", "[4,8,1]") if kernel == "3" else text
+    quantized, artifact = lowered(text, tmp_path)
+    model = quantized.float_model
+    channels = int(weight.split(",")[1])
+
+    (wide,), (narrow,) = stem_weights(artifact.path), stem_weights(quantized.path)
+    assert wide.dtype == np.int8
+    assert wide.shape[1] == (4 if channels < 4 else 8)
+    np.testing.assert_array_equal(wide[:, :channels], narrow)
+    assert not wide[:, channels:].any()
+    inputs = samples_for(model, 1, seed=3)[0].inputs
+    if "N" in shape:
+        inputs = {"x": np.random.default_rng(0).standard_normal((3, 1, 9, 7)).astype(np.float32)}
+    np.testing.assert_array_equal(
+        outputs_of(artifact.path, inputs)["y"], outputs_of(quantized.path, inputs, "all")["y"]
+    )
+    assert {layer.precision for layer in artifact.layers} == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "weight", "shape", "attributes"),
+    [
+        ("3,3", "8,4", "1,4,12,12", "strides=[2,2]"),
+        ("7,7", "8,3", "1,3,12,12", "strides=[2,2]"),
+        ("2,2", "8,3", "1,3,12,12", "strides=[2,2]"),
+        ("3,3", "8,1", "1,8,12,12", "group=8"),
+    ],
+    ids=["four channels", "large kernel", "twelve summands", "depthwise"],
+)
+def test_other_first_convolutions_are_written_as_they_are(kernel, weight, shape, attributes, tmp_path):
+    quantized, artifact = lowered(stem(kernel, weight, shape, attributes), tmp_path)
+
+    assert artifact.path.read_bytes() == quantized.path.read_bytes()
+
+
+def test_widening_leaves_other_readers_of_the_input_alone(tmp_path):
+    text = """net (float[1,3,8,8] x) => (float a, float b, float c) <float[8,3,3,3] w, float[4,3,4,4] v> {
+        [a] a = Conv (x, w)
+        [b] b = Conv (x, v)
+        [c] s = Conv (x, w)
+        [r] c = Relu (s)
+    }"""
+    quantized, artifact = lowered(text, tmp_path)
+
+    inputs = samples_for(quantized.float_model, 1)[0].inputs
+    plain, wide = outputs_of(quantized.path, inputs, "all"), outputs_of(artifact.path, inputs)
+    for name in ("a", "b", "c"):
+        np.testing.assert_array_equal(wide[name], plain[name])
