@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ACTIVATION = Scheme(IntegerType(8, signed=False), symmetric=False)
-"""Unsigned: ORT has no x86 kernel for signed activations in MatMul, and convolves them at half the speed."""
+"""Unsigned: ORT convolves signed activations at half the speed on x86. Its MatMul takes either, equally fast."""
 
 CONSTANT, WITH_BIAS, MATRIX = Condition.CONSTANT_WEIGHT, Condition.CONSTANT_BIAS, Condition.CONSTANT_MATRIX
 BETWEEN, LAST = Condition.BETWEEN_QUANTIZED, Condition.GRAPH_OUTPUT
@@ -40,7 +40,7 @@ def _gemm(*when: Condition, axis: int, output: Scheme | None, reason: str) -> Op
 
 _GEMM = "QGemm; one scale for each output feature."
 _LAST_GEMM = "QGemm with float output: nothing reads the result as integers, so it is not rounded again."
-_JOIN = "Runs in integers when its inputs are integers already; between float operators it would only add rounding."
+_JOIN = "Runs in integers when its inputs are integers already; between float operators an Add is half as fast."
 _MOVE = "Moves values without computing: stays in integers, with its input's scale."
 _KEEP = "Leave it float; if it decides the latency, choose a target that has an integer kernel for it."
 _POOL = "Leave it float; a mean over height and width is quantized when it is exported as a global average pool."
@@ -64,9 +64,16 @@ INT8_RULES = (
         "MatMul",
         (CONSTANT,),
         {0: ACTIVATION, 1: _weight(-1)},
-        reason="MatMulIntegerToFloat: integer product, float result, which the following operators want.",
+        reason=(
+            "MatMulIntegerToFloat, 3.6 times as fast as float with its input's quantization (128 tokens, 384 to 1536 "
+            "features); 3.2 times if its output were quantized too, for float operators to read."
+        ),
     ),
-    OpRule("MatMul", reason="A product of two activations gains too little to pay for quantizing both.", cure=_KEEP),
+    OpRule(
+        "MatMul",
+        reason="A product of two activations is 0.95 times as fast as in float, since both must be quantized first.",
+        cure=_KEEP,
+    ),
     *(OpRule(op, (BETWEEN,), {0: ACTIVATION, 1: ACTIVATION}, ACTIVATION, reason=_JOIN) for op in ("Add", "Mul")),
     OpRule("Concat", (BETWEEN,), {}, ACTIVATION, reason=_JOIN),
     *(
@@ -85,8 +92,18 @@ INT8_RULES = (
     OpRule("Resize", (Condition.NEAREST,), moves_values=True, reason=_MOVE),
     OpRule("Resize", reason="ORT interpolates in float.", cure="Leave it float, or upsample with mode=nearest."),
     OpRule("ReduceMean", reason="ORT has no integer ReduceMean that it puts in the place of a QDQ one.", cure=_POOL),
-    OpRule("Softmax", reason="Its output spans many orders of magnitude, and it costs little.", cure=_KEEP),
-    OpRule("LayerNormalization", reason="ORT has no integer LayerNormalization on the CPU.", cure=_KEEP),
+    OpRule(
+        "Softmax", reason="QLinearSoftmax takes ten times as long as float, and rounds small shares to 0.", cure=_KEEP
+    ),
+    *(
+        OpRule(op, reason=f"ORT has no integer {op} on the CPU; between pairs it is 0.6 times as fast.", cure=_KEEP)
+        for op in ("LayerNormalization", "Gelu")
+    ),
+    OpRule(
+        "Gather",
+        reason="ORT would make floats of a whole table of 30,522 embeddings on every run: 6 ms instead of 0.01 ms.",
+        cure=_KEEP,
+    ),
 )
 
 _RUN_TIME = "one scale for each output, the activation's range measured at run time."

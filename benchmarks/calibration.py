@@ -72,18 +72,26 @@ def main() -> None:
 
 def _print_time(model: FloatModel, samples: list[Sample], counts: Sequence[int], repeats: int) -> None:
     """One calibration pass over plain inference, both on samples in memory, taking turns."""
-    rows = []
     collect(model, samples[:2])  # loads or compiles the counting loop
-    for count in counts:
-        turns = [_turn(model, samples[:count], index) for index in range(repeats)]
-        inferring, collecting, fixed = (median(times) for times in zip(*turns, strict=True))
-        ratios = [whole / plain for plain, whole, _ in turns]
-        further = [(whole - few) / (plain * (count - FEW) / count) for plain, whole, few in turns]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        times = (f"{inferring:.2f} s", f"{collecting:.2f} s", f"{fixed:.2f} s")
-        rows.append((f"{count}", *times, f"**{median(ratios):.2f}**", spread, f"{median(further):.2f}"))
-    titles = ("Samples", "Plain inference", "qdeploy.collect", f"of {FEW} samples", "Ratio, median", f"of {repeats}")
-    print_table((*titles, "Ratio of the further samples"), rows)
+    print_table(time_titles(repeats), (time_cells(model, samples[:count], repeats) for count in counts))
+
+
+def time_titles(repeats: int) -> tuple[str, ...]:
+    """Of the columns that `time_cells` fills."""
+    times = ("Plain inference", "qdeploy.collect", f"of {FEW} samples")
+    return ("Samples", *times, "Ratio, median", f"of {repeats}", "Ratio of the further samples")
+
+
+def time_cells(model: FloatModel, samples: list[Sample], repeats: int) -> tuple[str, ...]:
+    """A row of the time of calibration over plain inference of the same samples."""
+    count = len(samples)
+    turns = [_turn(model, samples, index) for index in range(repeats)]
+    inferring, collecting, fixed = (median(times) for times in zip(*turns, strict=True))
+    ratios = [whole / plain for plain, whole, _ in turns]
+    further = [(whole - few) / (plain * (count - FEW) / count) for plain, whole, few in turns]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    times = (f"{inferring:.2f} s", f"{collecting:.2f} s", f"{fixed:.2f} s")
+    return (f"{count}", *times, f"**{median(ratios):.2f}**", spread, f"{median(further):.2f}")
 
 
 def _turn(model: FloatModel, samples: list[Sample], index: int) -> tuple[float, float, float]:

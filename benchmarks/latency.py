@@ -44,9 +44,7 @@ def main() -> None:
             "INT8, qdeploy": _quantized_by_qdeploy(model, samples, folder),
             "INT8, ORT default": _quantized_by_ort(model, samples, folder),
         }
-        rows = [row for threads in THREADS for row in _rows(files, samples[0].inputs, threads, arguments.repeats)]
-    titles = ("Threads", "File", "p50", "p90", "p99", "Speed-up", "95 % interval", "After another model", "Opening")
-    print_table(titles, rows)
+        print_latency(files, samples[0].inputs, arguments.repeats)
 
 
 def _quantized_by_qdeploy(model: FloatModel, samples: list[Sample], folder: Path) -> Path:
@@ -69,6 +67,13 @@ def _quantized_by_ort(model: FloatModel, samples: list[Sample], folder: Path) ->
     with redirect_stdout(sys.stderr):
         quantize_static(model.path, path, OrtReader(save_inputs(samples, folder / "inputs")))
     return path
+
+
+def print_latency(files: Mapping[str, Path], inputs: Arrays, rounds: int) -> None:
+    """A table of the files' latencies on the same inputs; one of them is called FP32, the baseline."""
+    rows = [row for threads in THREADS for row in _rows(files, inputs, threads, rounds)]
+    titles = ("Threads", "File", "p50", "p90", "p99", "Speed-up", "95 % interval", "After another model", "Opening")
+    print_table(titles, rows)
 
 
 def _rows(files: Mapping[str, Path], inputs: Arrays, threads: int, rounds: int) -> list[tuple[str, ...]]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-"""Scales are normal float32 numbers: a subnormal one loses mantissa bits, and zero would divide by zero."""
+SMALLEST_SCALE = 2.0**-63
+"""Integer kernels multiply two scales, and an int32 bias is divided by their product: it must be a normal float32."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Deployment:
         return pipeline.open_target(self.path, target)
 
     def run(self, inputs: Arrays, target: str | None = None) -> dict[str, NDArray[Any]]:
-        """Outputs by name for whole model inputs by name, batch included. To run many, use `open`."""
+        """Outputs by name for whole model inputs by name, batch and states included. To run many, use `open`."""
         with self.open(target) as runner:
             return runner.run(inputs)
 
@@ -67,6 +67,7 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
     evaluation: Any = None,
     input_names: Sequence[str] | None = None,
     dims: Mapping[str, tuple[int, int, int]] | None = None,
+    states: Mapping[str, str] | None = None,
     preprocessing: AnyPreprocessing | str | None = None,
     samples: int | None = None,
     reader: str = "mse",
@@ -93,6 +94,8 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
         input_names: What to call the arguments of forward, in order. A name alone takes type and shape from the
             example; as "image=float32[batch,3,224,224]" it states them, and a dimension that is a name is dynamic.
         dims: Minimum, typical and maximum of the dynamic dimensions, by name: {"batch": (1, 1, 8)}.
+        states: For a model that carries states from sample to sample: the output that feeds each state, by the input's
+            name, as in {"h": "h_out"}. A sample that gives a state begins a new sequence; the first begins with zeros.
         preprocessing: How files become inputs, as a value or as --preprocess has it.
         samples: Most calibration samples to use.
         reader: The calibration reader.
@@ -116,6 +119,7 @@ def export(  # noqa: PLR0913 - one argument an option of the command line
             map(TargetRequest.parse, [targets] if isinstance(targets, str) else targets),
             {name: {key: option_text(value) for key, value in each.items()} for name, each in (options or {}).items()},
         ),
+        states=states or {},
         calibration=calibration,
         statistics=None if statistics is None else Path(statistics),
         evaluation=evaluation,

@@ -188,7 +188,8 @@ def _growth_warning(extremes: NDArray[np.float32]) -> tuple[str, ...]:
     early = samples - max(1, round(LAST_PART * samples))
     if early < 1:
         return ()
-    before, after = (e[..., 1].max(axis=0) - e[..., 0].min(axis=0) for e in (extremes[:early], extremes))
+    wide = extremes.astype(np.float64)  # masks reach to the end of float32
+    before, after = (e[..., 1].max(axis=0) - e[..., 0].min(axis=0) for e in (wide[:early], wide))
     growing = int(np.sum(after > before * (1 + GROWTH)))
     if growing == 0:
         return ()

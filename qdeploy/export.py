@@ -6,12 +6,14 @@ import copy
 import inspect
 import io
 import logging
+import os
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +31,9 @@ from qdeploy.samples.callables import load_callable, user_code
 from qdeploy.samples.check import checked
 from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.session import SessionRunner
+
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""The environment variable that makes torch.load refuse all but tensors and plain values."""
 
 CHECKED_SAMPLES = 4
 LOWEST_SQNR_DB = 50.0
@@ -110,7 +115,8 @@ def export(loaded: LoadedModel, samples: Iterable[Sample], directory: Path) -> F
     if source.kind == "onnx":
         model = questions.describe(Path(source.text), source.name, source.dims)
         _require_dims(source, model)
-        return model
+        with SessionRunner(model.path, graph_level="disable"):  # the reference of all that follows: it must load
+            return model
     real = list(islice(samples, CHECKED_SAMPLES))
     examples = dict(loaded.examples) or (dict(real[0].inputs) if real else {})
     if missing := [name for name in loaded.input_names if name not in examples]:
@@ -172,6 +178,7 @@ def _torch() -> Any:
 
 def _load_onnx(source: ModelSource) -> LoadedModel:
     path = Path(source.text)
+    questions.require_sound(path)
     graph = questions.load_graph(path)
     refuse_quantized(graph, path.name)
     inputs = tuple(questions.spec(value) for value in graph.graph.inputs if not value.is_initializer())
@@ -209,7 +216,7 @@ def _load_program(source: ModelSource) -> LoadedModel:
     if not path.is_file():
         raise InputError(f"There is no file {path}.", "Check the path.")
     try:
-        with _quiet():
+        with _quiet(), _without_pickles(path):
             program = torch.export.load(path)
     except Exception as error:  # the file is an archive that torch takes apart in many ways
         what = f"{path.name} is not a torch.export program: {_first_line(error)}"
@@ -226,6 +233,23 @@ def _load_program(source: ModelSource) -> LoadedModel:
     examples = {name: _array(value, f"The example of {name!r}") for name, value in zip(names, values, strict=True)}
     ranks = {name: array.ndim for name, array in examples.items()}
     return LoadedModel(source, names, program.module(), program, examples, ranks)
+
+
+@contextmanager
+def _without_pickles(path: Path) -> Iterator[None]:
+    """Let torch.export.load read numbers only: it would unpickle what else a program holds, which may run any code."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if PurePosixPath(name).name.startswith("opaque_obj"):
+                raise ValueError(f"it holds a pickled object ({name}), which could run any code")
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def _for_inference(module: Any) -> tuple[Any, tuple[str, ...]]:
@@ -322,6 +346,10 @@ def _named_outputs(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for key, part in zip(fields or range(len(value)), value, strict=True):
             base = prefix or ("" if fields else "output")
             yield from _named_outputs(part, f"{base}_{key}" if base else key)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        what = f"Forward returns a {type(value).__name__} as {prefix or 'output'!r}; the outputs of ONNX are tensors."
+        cure = "Return tensors, in tuples or mappings; a transformers model returns no cache with use_cache=False."
+        raise InputError(what, cure)
 
 
 def _export_to(path: Path, loaded: LoadedModel, examples: Arrays, output_names: tuple[str, ...]) -> None:
@@ -333,7 +361,7 @@ def _export_to(path: Path, loaded: LoadedModel, examples: Arrays, output_names: 
     if any(dims.values()):
         dynamic = dims if kwargs and loaded.program is None else tuple(dims.values())
     try:
-        with _quiet():
+        with _tracing():
             program = torch.onnx.export(
                 loaded.program or loaded.module,
                 args,
@@ -347,8 +375,9 @@ def _export_to(path: Path, loaded: LoadedModel, examples: Arrays, output_names: 
             )
             program.save(path, external_data=_is_large(loaded.module))
     except Exception as error:  # torch raises dozens of classes here, and all mean the same to the user
-        place = _failing_module(loaded, args, kwargs, dynamic)
-        what = f"{loaded.source.text} cannot be exported to ONNX{place}: {_root_cause(error)}"
+        cause = _root_cause(error)
+        place = _failing_module(loaded, args, kwargs, dynamic, cause)
+        what = f"{loaded.source.text} cannot be exported to ONNX{place}: {cause}"
         cure = "Change that part of forward, or give an ONNX file that you exported yourself."
         raise InputError(what, cure) from error
 
@@ -416,8 +445,11 @@ def _sqnr_of_finite(reference: NDArray[Any], array: NDArray[Any]) -> float:
     return sqnr_db(reference[finite], array[finite])
 
 
-def _failing_module(loaded: LoadedModel, args: Any, kwargs: Any, dynamic: Any) -> str:
-    """Where in the model tracing stops, as " in layer1.attention (MyAttention)"; empty if it does not stop there."""
+def _failing_module(loaded: LoadedModel, args: Any, kwargs: Any, dynamic: Any, cause: str) -> str:
+    """Where in the model tracing stops, or the operator stands that the cause names, as " in layer1.attention (Mine)".
+
+    Empty if it is not found.
+    """
     torch = _torch()
     if loaded.program is not None:
         return ""
@@ -426,14 +458,21 @@ def _failing_module(loaded: LoadedModel, args: Any, kwargs: Any, dynamic: Any) -
     hooks = [m.register_forward_pre_hook(lambda module, _: stack.append(names[module])) for m in names]
     hooks += [m.register_forward_hook(lambda *_: stack.pop() and None) for m in names]
     try:
-        with _quiet():
-            torch.export.export(loaded.module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        with _tracing():
+            program = torch.export.export(loaded.module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception:  # noqa: BLE001 - the same failure again, this time to see where
         return f" in {stack[-1]}" if stack else ""
     finally:
         for hook in hooks:
             hook.remove()
-    return ""
+    return next((_module_of(node) for node in program.graph.nodes if repr(node.target) in cause), "")
+
+
+def _module_of(node: Any) -> str:
+    """The innermost module that a traced operator stands in."""
+    path, kind = [("", ""), *node.meta.get("nn_module_stack", {}).values()][-1]
+    name = kind if isinstance(kind, str) else kind.__name__
+    return f" in {path} ({name.rpartition('.')[2]})" if path else ""
 
 
 def _root_cause(error: BaseException) -> str:
@@ -444,6 +483,21 @@ def _root_cause(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Trace without gradients, as the eager module is run, and attention by its formula.
+
+    The other kernels for attention lay their result out as its decomposition for ONNX, which comes later, does not. And
+    torch.onnx keeps sequences dynamic through a recurrence of its own, which torch forgets to look up once it has
+    resolved the operator: without clearing what it remembers, the second LSTM of a process gets a fixed length.
+    """
+    torch = _torch()
+    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        operator._dispatch_cache.clear()  # noqa: SLF001 - torch offers no other way
+    with _quiet(), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
 
 
 @contextmanager

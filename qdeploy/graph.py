@@ -5,6 +5,7 @@ Graphs are onnx-ir models: `ir.Model`, `ir.Node`, `ir.Value`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -20,6 +21,7 @@ from qdeploy.scheme import Condition, PerBlock, PerChannel, PerTensor, Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from google.protobuf.message import Message
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators with a weight at input 1."""
@@ -40,6 +42,9 @@ ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 EXTERNAL_DATA_BYTES = 1 << 30
 """Models with more weights than this are saved with external data; protobuf itself ends at 2 GiB."""
+
+LONGEST_REASON = 300
+"""How many characters of what ONNX's checker says a message repeats: it goes through every node behind the fault."""
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -64,6 +69,37 @@ def load_graph(path: Path) -> ir.Model:
     if not model.opset_imports or not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it has no operator set or no outputs.", "Export it anew.")
     return model
+
+
+def require_sound(path: Path) -> None:
+    """Refuse a file from outside with which ONNX's own checker finds fault, before anything is made of it.
+
+    The checker also refuses external data that lie outside the model's folder, or are no regular files.
+
+    Raises:
+        InputError: The file is missing, is no ONNX model, or its graph contradicts itself.
+    """
+    import onnx
+
+    if not path.exists():
+        raise InputError(f"There is no model file {path}.", "Check the path.")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        _require_utf8(onnx.load(path, load_external_data=False))
+    except Exception as error:  # its classes have no common root
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" …")
+        raise InputError(f"{path} is not an ONNX model, or is damaged ({reason}).", "Export it anew.") from error
+
+
+def _require_utf8(message: Message) -> None:
+    """Refuse a message with a text that is no UTF-8, such as a name: protobuf hands it out as bytes."""
+    for field, content in message.ListFields():
+        if field.type in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            for part in (content,) if isinstance(content, str | bytes) or hasattr(content, "ListFields") else content:
+                if isinstance(part, bytes):
+                    raise ValueError(f"the text {part!r} is no UTF-8")  # noqa: TRY004 - what is wrong is the text
+                if not isinstance(part, str):
+                    _require_utf8(part)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -171,7 +207,7 @@ def activation_bounds(node: ir.Node) -> tuple[float, float]:
     for place, value in enumerate(node.inputs[1:3]):
         if value is not None:
             array = constant(value)
-            limits[place] = float(array) if array is not None else float("nan")
+            limits[place] = float(array.item()) if array is not None and array.size == 1 else float("nan")
     return limits[0], limits[1]
 
 
@@ -262,6 +298,8 @@ def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> b
         case Condition.CONSTANT_MATRIX:
             weight = weight_of(node)
             return weight is not None and weight.ndim == 2
+        case Condition.CONSTANT_TABLE:
+            return is_real(node.inputs[0]) and stored_constant(node.inputs[0]) is not None
         case Condition.CONSTANT_RECURRENCE:
             return all(constant(value) is not None for value in node.inputs[1:3])
         case Condition.DEPTHWISE:

@@ -129,6 +129,21 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """How the pixels of an image become a model input [batch, channels, height, width]: x = pixel · scale + bias.
+
+    Attributes:
+        scale: Factor on pixel values from 0 to 255, one a channel in the order of `color`.
+        bias: Added after that, one a channel.
+        color: Order of the channels.
+    """
+
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+    color: Literal["rgb", "bgr", "gray"]
+
+
+@dataclass(frozen=True)
 class FloatModel:
     """A float32 ONNX model on disk.
 
@@ -140,6 +155,7 @@ class FloatModel:
         outputs: In graph order.
         parameters: Number of scalars in its float initializers.
         dims: Ranges of the dynamic dimensions, by name.
+        image: How the samples' images become its input, if they do; for targets that take pixels themselves.
     """
 
     path: Path
@@ -149,6 +165,7 @@ class FloatModel:
     outputs: tuple[TensorSpec, ...]
     parameters: int
     dims: Mapping[str, DimRange] = field(default_factory=dict)
+    image: ImageInput | None = None
 
 
 @dataclass(frozen=True)

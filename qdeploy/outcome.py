@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from qdeploy.parity.verdict import Stray, budget_warning, judge
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.report.environment import environment, package_version
 from qdeploy.samples.source import Sample, SampleSource
+from qdeploy.samples.states import States, completed
 from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from qdeploy.report.schema import Reference, Report, Target
 
 
-INTEGER_FORMS = (Form.QDQ, Form.DYNAMIC, Form.WEIGHTS)
+CALIBRATED_FORMS = (Form.QDQ, Form.QDQ_FLOAT16)
+INTEGER_FORMS = (*CALIBRATED_FORMS, Form.DYNAMIC, Form.WEIGHTS, Form.WEIGHT_QDQ)
 
 LAYERS = "layers.json"
 """What each node became: beside an artifact's files, and none of them."""
@@ -58,7 +60,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether its ranges come from calibration samples."""
-        return self.contract.form is Form.QDQ
+        return self.contract.form in CALIBRATED_FORMS
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,19 @@ class Unavailable:
 
 @dataclass(frozen=True)
 class Built:
-    """A target that was built, and its FP32 baseline on the same runtime."""
+    """A target that was built, and its FP32 baseline on the same runtime, if that is at hand."""
 
     job: Job
     artifact: Artifact
-    baseline: Artifact
+    baseline: Artifact | None
     quantized: QuantizedModel | None
     violations: tuple[str, ...]
 
     def subject(self) -> harness.Subject:
         """What the measurements need of it."""
-        runner, baseline = (self.job.backend.open(a, self.job.options) for a in (self.artifact, self.baseline))
+        backend, options = self.job.backend, self.job.options
+        runner = backend.open(self.artifact, options)
+        baseline = backend.open(self.baseline, options) if self.baseline else None
         # The steps of a static grid are the measure; other forms have none.
         qdq = self.quantized.path if self.quantized and self.job.calibrated else None
         return harness.Subject(self.job.folder, runner, baseline, qdq)
@@ -104,13 +108,19 @@ class Samples:
 
     Attributes:
         calibration: None if nothing needs to be calibrated.
-        evaluation: To measure with.
+        evaluation: To measure with, as the user gave them: states may be missing.
         remark: What the reader of the report must know of the evaluation samples; may be empty.
+        states: What the model carries from sample to sample.
     """
 
     calibration: SampleSource | None
     evaluation: SampleSource
     remark: str
+    states: States
+
+    def complete(self, model: FloatModel) -> SampleSource:
+        """The evaluation samples with every state, as FP32 makes them: each can be run by itself."""
+        return completed(self.evaluation, self.states, partial(harness.as_written, model.path))
 
 
 @dataclass(frozen=True)
@@ -127,9 +137,14 @@ class Outcome:
     measured: list[Measured]
 
     @cached_property
+    def complete(self) -> SampleSource:
+        """The evaluation samples with every state, as FP32 makes them."""
+        return self.samples.complete(self.model)
+
+    @cached_property
     def first(self) -> Sample:
         """The first evaluation sample, on which latency is measured."""
-        return next(iter(self.samples.evaluation))
+        return next(iter(self.complete))
 
 
 def write_bundle(outcome: Outcome, bundle: Path) -> Report:
@@ -159,7 +174,7 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
 def _golden_samples(outcome: Outcome) -> Iterator[GoldenSample]:
     subjects = [each.built.subject() for each in outcome.measured]
     with harness.side_by_side(outcome.model.path, subjects) as run_all:
-        for sample in outcome.samples.evaluation:
+        for sample in outcome.complete:
             yield GoldenSample(sample.inputs, run_all(sample.inputs), sample.raw)
 
 
@@ -199,7 +214,7 @@ def _reference(outcome: Outcome) -> Reference:
     eager = None
     if outcome.loaded.module is not None:
         runner = EagerRunner(outcome.loaded)
-        eager = rows.eager_row(harness.against_eager(model.path, runner, outcome.samples.evaluation))
+        eager = rows.eager_row(harness.against_eager(model.path, runner, outcome.complete))
     latency = None
     if any(each.times is not None for each in outcome.measured):
         runners = {harness.FLOAT: SessionRunner(model.path)}
@@ -244,14 +259,24 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         steps=tuple(schema.Step(name=name) for name in (job.steps if calibrated else ())),
         options=rows.plain(job.options),
         warnings=tuple(_warnings(outcome, measured)),
-        **rows.verdict_fields(verdict, measured.evidence, [outcome.samples.remark] if outcome.samples.remark else []),
+        **rows.verdict_fields(verdict, measured.evidence, [*_remarks(outcome, measured)]),
         **rows.accuracy_fields(measured.comparison),
         **rows.speed_fields(measured.times, getattr(job.options, "threads", None), _batch(outcome)),
     )
 
 
+def _remarks(outcome: Outcome, measured: Measured) -> Iterator[str]:
+    """What the figures of a row rest on."""
+    if outcome.samples.remark:
+        yield outcome.samples.remark
+    if measured.evidence is Evidence.SIMULATED:
+        yield "The target's own graph ran on ONNX Runtime's CPU; its latency was not measured."
+
+
 def _warnings(outcome: Outcome, measured: Measured) -> Iterator[str]:
     job, budget, stray = measured.built.job, outcome.recipe.max_drop, measured.stray
+    if job.contract.advice:
+        yield job.contract.advice
     if measured.built.quantized is not None and job.contract.form in INTEGER_FORMS:
         layers = measured.built.artifact.layers
         if layers and not any(layer.precision.startswith("int") for layer in layers):
@@ -276,6 +301,7 @@ def _manifest(outcome: Outcome) -> Manifest:
         inputs=outcome.model.inputs,
         outputs=outcome.model.outputs,
         dims=outcome.model.dims,
+        states=outcome.samples.states.outputs,
         preprocessing=preprocessing.to_json() if preprocessing else None,
         targets=tuple(
             BundledTarget(

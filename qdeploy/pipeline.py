@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,33 +14,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy import registry
-from qdeploy.backend import Arrays, Artifact, Backend, Runner, option_text, parse_options
-from qdeploy.bundle.write import require_free, require_free_file, writing, writing_file
+from qdeploy.backend import Arrays, Artifact, Backend, Evidence, Runner, no_progress, option_text, parse_options
+from qdeploy.bundle.write import require_free, require_free_file, scratch_folder, writing, writing_file
 from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
-from qdeploy.export import LoadedModel, export, load
-from qdeploy.graph import describe, load_graph
-from qdeploy.model import FloatModel, QuantizedModel
+from qdeploy.export import EagerRunner, LoadedModel, export, load
+from qdeploy.graph import describe, load_graph, require_sound
+from qdeploy.model import FloatModel, QuantizedModel, TensorSpec
 from qdeploy.outcome import LAYERS, Built, Job, Measured, Outcome, Samples, Unavailable, make_report, write_bundle
 from qdeploy.parity import harness
+from qdeploy.parity.compare import Comparison
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
 from qdeploy.parity.verdict import require_metric
-from qdeploy.plan import kept_nodes, plan
+from qdeploy.plan import kept_nodes, matching_rule, plan
 from qdeploy.prepare import prepare
-from qdeploy.progress import Progress, Silent
+from qdeploy.progress import Progress, Silent, in_parts
 from qdeploy.quantize.dynamic import quantize_dynamic
+from qdeploy.quantize.float16 import cast_quantized, to_float16
 from qdeploy.quantize.half import to_half
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.static import quantize
+from qdeploy.quantize.weight_qdq import quantize_weight_qdq
 from qdeploy.quantize.weights import quantize_weights
 from qdeploy.reader import CalibrationReader
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.recover.steps import recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
+from qdeploy.samples.head import remembering
 from qdeploy.samples.open import open_samples
+from qdeploy.samples.preprocessing import Preprocessing
 from qdeploy.samples.source import Sample, SampleSource
+from qdeploy.samples.states import States, completed, require_inputs, states_of
 from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
@@ -49,6 +55,9 @@ if TYPE_CHECKING:
     from qdeploy.report.schema import Report
 
 SILENT = Silent()
+
+BUILD_PARTS = 100
+"""Of the bar that shows how far a target is."""
 
 
 def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Report:
@@ -66,12 +75,12 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
     loaded = load(recipe.source)
     sources = _open_data(recipe, loaded)
     metric = _metric_for(metric, recipe.max_drop, sources.evaluation)
-    with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder, writing(output, force=force) as bundle:
-        scratch = Path(folder)
+    with scratch_folder() as scratch, writing(output, force=force) as bundle:
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, scratch)
         samples = _checked(sources, model, jobs)
         kept_nodes(load_graph(model.path), recipe.keep)  # a pattern that matches nothing is found before calibration
+        _check_targets(lookups, model)
         if statistics is None and samples.calibration is not None:
             with progress.step("Calibrating", samples.calibration.size) as advance:
                 statistics = collect(model, samples.calibration, on_sample=advance)
@@ -82,12 +91,15 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
             if not isinstance(job, Job):
                 continue
             try:
-                with progress.step(f"Building {job.folder}"):
-                    built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle)))
-            except UnavailableError as error:  # what this machine lacks may show only now
+                with progress.step(f"Building {job.folder}", BUILD_PARTS) as advance:
+                    tell = in_parts(advance, BUILD_PARTS)
+                    built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle), tell))
+            except (InputError, UnavailableError) as error:  # what this machine or this target cannot do may show now
+                if isinstance(error, InputError) and len(lookups) == 1:
+                    raise  # nothing else was asked for
                 shutil.rmtree(bundle / job.folder)
                 lookups[place] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
-        measured = measure(model, built, samples.evaluation, metric, progress)
+        measured = measure(model, built, samples, metric, progress)
         outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured)
         with progress.step("Writing the bundle"):
             return write_bundle(outcome, bundle)
@@ -155,7 +167,11 @@ def find_metric(metric: Any) -> Metric | None:
 
 def to_float_model(loaded: LoadedModel, sources: Samples, scratch: Path) -> FloatModel:
     """ModelSource → prepared FloatModel, checked against the module."""
-    return prepare(export(loaded, sources.evaluation, _made(scratch / "exported")), _made(scratch / "prepared"))
+    samples = completed(sources.evaluation, sources.states, partial(EagerRunner, loaded))
+    model = prepare(export(loaded, samples, _made(scratch / "exported")), _made(scratch / "prepared"))
+    preprocessing = sources.evaluation.preprocessing
+    image = preprocessing.image_input() if isinstance(preprocessing, Preprocessing) else None
+    return replace(model, image=image)
 
 
 def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Statistics:
@@ -166,10 +182,10 @@ def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Pr
     loaded = load(recipe.source)
     sources = _open_data(recipe, loaded)
     assert sources.calibration is not None
-    with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
+    with scratch_folder() as scratch:
         with progress.step("Exporting"):
-            model = to_float_model(loaded, sources, Path(folder))
-        samples = checked(sources.calibration, model.inputs)
+            model = to_float_model(loaded, sources, scratch)
+        samples = _calibration(sources.calibration, states_of(recipe.states, model), model)
         with progress.step("Calibrating", samples.size) as advance:
             statistics = collect(model, samples, on_sample=advance)
     with writing_file(output, force=force) as path:
@@ -178,14 +194,29 @@ def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Pr
 
 
 def merge_statistics(parts: list[Path], output: Path, *, force: bool = False) -> Statistics:
-    """Merge the statistics of several calibrations of one model and save them."""
+    """Merge the statistics of several calibrations of one model and save them; samples of several get a note."""
     require_free_file(output, force=force)
     if not parts:
         raise InputError("There are no statistics to merge.", "Name the files that qdeploy calibrate wrote.")
-    merged = reduce(Statistics.merge, map(Statistics.load, parts))
+    loaded = [Statistics.load(part) for part in parts]
+    merged = reduce(Statistics.merge, loaded)
+    found_in = Counter(digest for part in loaded for digest in set(part.sample_digests))
+    if repeated := sum(count > 1 for count in found_in.values()):
+        note = f"{repeated} samples are in more than one of the merged files, and count once for each."
+        merged = replace(merged, notes=(*merged.notes, note))
     with writing_file(output, force=force) as path:
         merged.save(path)
     return merged
+
+
+def _check_targets(lookups: list[Job | Unavailable], model: FloatModel) -> None:
+    """Let every target look at the model before it is calibrated for; those that cannot build it say why."""
+    for place, job in enumerate(lookups):
+        if isinstance(job, Job):
+            try:
+                job.backend.check(model, job.precision, job.options)
+            except UnavailableError as error:
+                lookups[place] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
 
 
 def build(
@@ -195,18 +226,24 @@ def build(
     reader: CalibrationReader,
     keep: tuple[str, ...],
     folders: tuple[Path, Path],
+    on_progress: Callable[[float], None] = no_progress,
 ) -> Built:
     """Write the graph in the form that the target is given, and lower it."""
     scratch, bundle = folders
-    folder = _made(bundle / job.folder)
-    baseline = job.backend.lower(model, "fp32", _made(scratch / f"{job.folder}-baseline"), job.options)
-    if job.contract.form is Form.FLOAT:
-        artifact = job.backend.lower(model, job.precision, folder, job.options)
-        return Built(job, artifact, baseline, None, ())
-    making = Making(job, model, statistics, reader, keep, _made(scratch / f"{job.folder}-quantized"))
-    quantized = QUANTIZERS[job.contract.form](making)
-    artifact = job.backend.lower(quantized, job.precision, folder, job.options)
-    return Built(job, artifact, baseline, quantized, _violations(quantized, artifact))
+    folder, quantized = _made(bundle / job.folder), None
+    if job.contract.form is not Form.FLOAT:
+        making = Making(job, model, statistics, reader, keep, _made(scratch / f"{job.folder}-quantized"))
+        quantized = QUANTIZERS[job.contract.form](making)
+    artifact = job.backend.lower(quantized or model, job.precision, folder, job.options, on_progress)
+    violations = _violations(quantized, artifact) if quantized else ()
+    return Built(job, artifact, _baseline(job, artifact, model, scratch), quantized, violations)
+
+
+def _baseline(job: Job, artifact: Artifact, model: FloatModel, scratch: Path) -> Artifact | None:
+    """FP32 on the target's own runtime; None where that is not at hand to be timed."""
+    if job.backend.open(artifact, job.options).evidence is not Evidence.EXECUTED:
+        return None
+    return job.backend.lower(model, "fp32", _made(scratch / f"{job.folder}-baseline"), job.options)
 
 
 @dataclass(frozen=True)
@@ -237,6 +274,11 @@ def _static(making: Making) -> QuantizedModel:
     return quantize(recover(drafted, making.statistics, making.job.steps), making.folder)
 
 
+def _static_float16(making: Making) -> QuantizedModel:
+    """Plan → recover → quantize → cast what is not an integer."""
+    return cast_quantized(_static(making), _made(making.folder / "float16"))
+
+
 def _without_ranges(
     rewrite: Callable[[FloatModel, QuantContract, Path, tuple[str, ...]], QuantizedModel],
 ) -> Callable[[Making], QuantizedModel]:
@@ -248,7 +290,10 @@ QUANTIZERS: Mapping[Form, Callable[[Making], QuantizedModel]] = MappingProxyType
         Form.QDQ: _static,
         Form.DYNAMIC: _without_ranges(quantize_dynamic),
         Form.WEIGHTS: _without_ranges(quantize_weights),
+        Form.WEIGHT_QDQ: _without_ranges(quantize_weight_qdq),
         Form.HALF: _without_ranges(to_half),
+        Form.FLOAT16: _without_ranges(to_float16),
+        Form.QDQ_FLOAT16: _static_float16,
     }
 )
 
@@ -260,30 +305,40 @@ def _made(folder: Path) -> Path:
 
 def _violations(quantized: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
     """How what was built departs from what was asked for."""
-    broken = [f"{v.node}: {v.what}" for v in lint(load_graph(quantized.path), quantized.contract)]
-    broken += [
-        f"{layer.node} ({layer.op_type}) was asked to be int8 and became {layer.precision}"
-        for layer in artifact.layers
-        if layer.node in quantized.quantized_nodes and layer.precision in ("fp32", "fp16")
-    ]
+    contract = quantized.contract
+    broken = [f"{v.node}: {v.what}" for v in lint(load_graph(quantized.path), contract)]
+    nodes = {str(node.name): node for node in load_graph(quantized.float_model.path).graph.all_nodes()}
+    for layer in artifact.layers:
+        if layer.node in quantized.quantized_nodes and layer.precision in ("fp32", "fp16"):
+            rule = matching_rule(contract, nodes[layer.node], frozenset())
+            why = f", against its rule: {rule.reason}" if rule and rule.quantizes else ""
+            broken.append(f"{layer.node} ({layer.op_type}) was asked to be int8 and became {layer.precision}{why}")
     return tuple(broken)
 
 
 def measure(
-    model: FloatModel, built: list[Built], samples: SampleSource, metric: Metric | None, progress: Progress
+    model: FloatModel, built: list[Built], samples: Samples, metric: Metric | None, progress: Progress
 ) -> list[Measured]:
     """Every target against FP32, against its own QDQ graph, and for speed."""
     subjects = [each.subject() for each in built]
-    with progress.step("Comparing with FP32", samples.size) as advance:
-        compared = harness.against_float(model.path, subjects, samples, metric, advance)
-    first = next(iter(samples))
+    compared = _against_float(model, subjects, samples, metric, progress)
+    complete = samples.complete(model)
+    first = next(iter(complete))
     measured = []
     for each, subject in zip(built, subjects, strict=True):
-        stray = harness.stray(model.path, subject, samples)
+        stray = harness.stray(model.path, subject, complete)
         with progress.step(f"Timing {subject.folder}"):
             times = harness.latency(subject, first)
         measured.append(Measured(each, subject.runner.evidence, compared[subject.folder], stray, times))
     return measured
+
+
+def _against_float(
+    model: FloatModel, subjects: list[harness.Subject], samples: Samples, metric: Metric | None, progress: Progress
+) -> dict[str, Comparison]:
+    evaluation = samples.evaluation
+    with progress.step("Comparing with FP32", evaluation.size) as advance:
+        return harness.against_float(model.path, subjects, evaluation, metric, advance, samples.states)
 
 
 def _given_statistics(recipe: Recipe, jobs: list[Job]) -> Statistics | None:
@@ -301,32 +356,52 @@ def _given_statistics(recipe: Recipe, jobs: list[Job]) -> Statistics | None:
 
 def _open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
     """The recipe's data, not yet checked: the model's shapes are known after export only."""
+    require_inputs(recipe.states, loaded.input_names)
+    states = States(recipe.states, _known_inputs(loaded))
+    names = tuple(name for name in loaded.input_names if name not in recipe.states)
 
     def source(data: Any, limit: int | None) -> SampleSource:
-        return open_samples(
+        opened = open_samples(
             data,
-            input_names=loaded.input_names,
+            input_names=names,
             ranks=loaded.ranks,
             preprocessing=recipe.preprocessing,
-            limit=limit,
+            limit=None if recipe.states else limit,
+            states=tuple(recipe.states),
         )
+        # Of a sequence the first samples are taken, with none between.
+        return remembering(open_samples(opened, input_names=names, limit=limit))
 
     calibration = source(recipe.calibration, recipe.samples) if recipe.calibration is not None else None
     if recipe.evaluation is not None:
-        return Samples(calibration, source(recipe.evaluation, None), "")
+        return Samples(calibration, source(recipe.evaluation, None), "", states)
     if calibration is not None:
-        return Samples(calibration, calibration, "Measured on the calibration samples, for want of evaluation data.")
+        remark = "Measured on the calibration samples, for want of evaluation data."
+        return Samples(calibration, calibration, remark, states)
     if not loaded.examples:
         raise InputError("There is no data to compare on.", "Give --evaluation DATA.")
     sample = Sample(loaded.examples, origin="the example inputs")
     examples = SampleSource("the example inputs", lambda: iter((sample,)), size=1)
-    return Samples(None, examples, "Measured on the example inputs alone, for want of evaluation data.")
+    return Samples(None, examples, "Measured on the example inputs alone, for want of evaluation data.", states)
+
+
+def _known_inputs(loaded: LoadedModel) -> tuple[TensorSpec, ...]:
+    """What is known of the inputs before the export: what the user said of them, or else the examples."""
+    examples = (TensorSpec(name, array.dtype.name, array.shape) for name, array in loaded.examples.items())
+    return loaded.source.inputs or tuple(examples)
 
 
 def _checked(samples: Samples, model: FloatModel, jobs: list[Job]) -> Samples:
+    states = states_of(samples.states.outputs, model)
     needed = any(job.calibrated for job in jobs)
-    calibration = checked(samples.calibration, model.inputs) if samples.calibration and needed else None
-    return Samples(calibration, checked(samples.evaluation, model.inputs), samples.remark)
+    calibration = _calibration(samples.calibration, states, model) if samples.calibration and needed else None
+    return Samples(calibration, checked(samples.evaluation, states.plain, states.fed), samples.remark, states)
+
+
+def _calibration(samples: SampleSource, states: States, model: FloatModel) -> SampleSource:
+    """The samples checked, and with every state, since calibration runs them side by side and in any order."""
+    given = checked(samples, states.plain, states.fed)
+    return completed(given, states, partial(harness.as_written, model.path))
 
 
 def _metric_for(metric: Metric | None, max_drop: float | None, samples: SampleSource) -> Metric | None:
@@ -389,8 +464,7 @@ def compare_bundle(recipe: Recipe, path: Path, target: str | None = None, progre
     metric = _metric_for(metric, recipe.max_drop, samples.evaluation)
     built = [Built(job, artifact, artifact, None, ()) for job, artifact in opened]
     subjects = [each.subject() for each in built]
-    with progress.step("Comparing with FP32", samples.evaluation.size) as advance:
-        compared = harness.against_float(model.path, subjects, samples.evaluation, metric, advance)
+    compared = _against_float(model, subjects, samples, metric, progress)
     measured = [
         Measured(each, subject.runner.evidence, compared[subject.folder], None, None)
         for each, subject in zip(built, subjects, strict=True)
@@ -400,7 +474,7 @@ def compare_bundle(recipe: Recipe, path: Path, target: str | None = None, progre
 
 
 def bench(path: Path, sample: Arrays | None = None, progress: Progress = SILENT) -> dict[str, Latency]:
-    """Latency on one sample: of an ONNX file, or of a bundle's float model and of each of its targets.
+    """Latency on one sample: of an ONNX file, or of a bundle's float model and of each target that runs here itself.
 
     Args:
         path: A file or a bundle.
@@ -413,8 +487,10 @@ def bench(path: Path, sample: Arrays | None = None, progress: Progress = SILENT)
     if path.is_dir():
         golden = read_golden(open_bundle(path))
         model, opened = open_bundled(path)
-        targets = {job.folder: job.backend.open(artifact, job.options) for job, artifact in opened}
+        runners = {job.folder: job.backend.open(artifact, job.options) for job, artifact in opened}
+        targets = {folder: runner for folder, runner in runners.items() if runner.evidence is Evidence.EXECUTED}
     else:
+        require_sound(path)
         golden, model, targets = (), describe(path, path.stem, {}), {}
     inputs = sample or (golden[0].inputs if golden else random_inputs(model))
     with progress.step("Timing"):
@@ -422,12 +498,21 @@ def bench(path: Path, sample: Arrays | None = None, progress: Progress = SILENT)
 
 
 def random_inputs(model: FloatModel) -> Arrays:
-    """Values for a model of which nothing else is known: dynamic dimensions at their typical size, or 1."""
+    """Values for a model of which nothing else is known: dynamic dimensions at their typical size, or 1.
+
+    Raises:
+        InputError: An input has a dimension that no array can have.
+    """
     rng = np.random.default_rng(0)
     inputs = {}
     for spec in model.inputs:
         shape = [d if isinstance(d, int) else (model.dims[d].typical if d in model.dims else 1) for d in spec.shape]
         kind = np.dtype(spec.dtype)
-        values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
+        try:
+            values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
+        except (ValueError, MemoryError) as error:
+            raise InputError(
+                f"No array can be made for the input {spec}: {error}.", "Export the model anew."
+            ) from error
         inputs[spec.name] = values.astype(kind)
     return inputs

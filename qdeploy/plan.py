@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from qdeploy.errors import InputError, InternalError
 from qdeploy.model import FloatModel
 from qdeploy.reader import CalibrationReader
 from qdeploy.registry import suggestion
-from qdeploy.scheme import OpRule, PerChannel, QuantContract, Scheme
+from qdeploy.scheme import Form, OpRule, PerChannel, QuantContract, Scheme
 from qdeploy.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class _Draft:
                 name, axis = questions.name_of(value), _axis(scheme, array)
                 own = affine_from_tensor(array, scheme.integer, symmetric=scheme.symmetric, axis=axis)
                 # A weight that several nodes read must leave room for the bias of each.
-                self.weights[name] = self._with_room_for_bias(node, self.weights.get(name, own))
+                self.weights[name] = self._stored(self._with_room_for_bias(node, self.weights.get(name, own)))
 
     def _activate(self, value: ir.Value, scheme: Scheme) -> None:
         name = questions.name_of(value)
@@ -202,9 +202,14 @@ class _Draft:
             raise InternalError(message)
         chosen = self.reader.range(tensor, scheme)
         self.ranges[name] = chosen
-        self.activations[name] = affine_from_limits(
-            chosen.minimum, chosen.maximum, scheme.integer, symmetric=scheme.symmetric
-        )
+        exact = affine_from_limits(chosen.minimum, chosen.maximum, scheme.integer, symmetric=scheme.symmetric)
+        self.activations[name] = self._stored(exact)
+
+    def _stored(self, affine: Affine) -> Affine:
+        """Scales as the target's graph holds them: integers are rounded by the very scale that they are read with."""
+        if self.contract.form is not Form.QDQ_FLOAT16:
+            return affine
+        return replace(affine, scale=float16_scale(affine.scale))
 
     def _with_room_for_bias(self, node: ir.Node, weight: Affine) -> Affine:
         """Scales large enough for an int32 bias of scale input·weight: a channel of tiny weights would saturate it."""
@@ -221,6 +226,19 @@ class _Draft:
         least = magnitude * BIAS_HEADROOM / (float(source.scale) * INT32_MAX)
         scale = np.maximum(weight.scale, least).astype(np.float32)
         return Affine(scale, weight.zero_point, weight.integer, weight.axis)
+
+
+def float16_scale(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The next scales that float16 holds, so that a grid covers no less than before.
+
+    The smallest is 2⁻²⁴: no float16 tensor tells values apart that are closer. The largest is 65504, a grid of values
+    that no float16 tensor holds.
+    """
+    limited = np.minimum(scale, np.finfo(np.float16).max)
+    half = limited.astype(np.float16)
+    with np.errstate(over="ignore"):
+        following = np.nextafter(half, np.float16(np.inf))
+    return np.where(half < limited, following, half).astype(np.float32)
 
 
 def matching_rule(contract: QuantContract, node: ir.Node, quantized: AbstractSet[str]) -> OpRule | None:

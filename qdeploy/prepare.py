@@ -49,6 +49,7 @@ def prepare(model: FloatModel, directory: Path) -> FloatModel:
     _fold(graph)
     _scale_gemms(graph)
     _pool_spatial_means(graph)
+    _pad_to_whole_windows(graph)
     _shape_biases_of_products(graph)
     _name_nodes(graph)
     _tidy(graph)
@@ -81,7 +82,7 @@ def _at_one_opset(graph: ir.Model, path: Path) -> ir.Model:
 
     try:
         return ir.from_proto(version_converter.convert_version(onnx.load(path), OPSET))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # its classes have no common root
         what = f"{path.name} has opset {opset}, and ONNX cannot convert it to {OPSET}: {error}"
         raise InputError(what, f"Export it anew with opset {OPSET}.") from error
 
@@ -191,6 +192,34 @@ def _pool_spatial_means(graph: ir.Model) -> None:
         graph.graph.insert_before(node, added)
         result.replace_all_uses_with(last, replace_graph_outputs=True)
         graph.graph.remove(node, safe=True)
+
+
+def _pad_to_whole_windows(graph: ir.Model) -> None:
+    """Say by padding how far the last windows of an AveragePool stick out: ORT's integer kernel divides them wrongly.
+
+    AveragePool(ceil_mode=1) of a fixed size     becomes     AveragePool(pads to whole windows, count_include_pad=0)
+    """
+    import onnx_ir as ir
+
+    for node in graph.graph:
+        if node.op_type != "AveragePool" or not node.attributes.get_int("ceil_mode", 0):
+            continue
+        shape, result = node.inputs[0].shape, node.outputs[0].shape
+        kernel = node.attributes.get_ints("kernel_shape")
+        sizes, counts = list(shape or ())[2:], list(result or ())[2:]
+        pads = list(node.attributes.get_ints("pads", [0] * (2 * len(kernel))))
+        strides = node.attributes.get_ints("strides", [1] * len(kernel))
+        dilated = any(step != 1 for step in node.attributes.get_ints("dilations", [1] * len(kernel)))
+        padded = any(pads) and bool(node.attributes.get_int("count_include_pad", 0))
+        named = node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+        if dilated or padded or named or not all(isinstance(n, int) for n in (*sizes, *counts)):
+            continue
+        reach = [(n - 1) * s + k for n, s, k in zip(counts, strides, kernel, strict=True)]
+        inside = zip(reach, sizes, pads[: len(kernel)], strict=True)
+        pads[len(kernel) :] = [max(end - size - start, 0) for end, size, start in inside]
+        node.attributes.pop("ceil_mode")
+        node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+        node.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
 
 
 def _shape_biases_of_products(graph: ir.Model) -> None:

@@ -14,6 +14,19 @@ class Progress(Protocol):
         """Begin a step; the callable that comes back is called after each of its `total` parts."""
 
 
+def in_parts(advance: Callable[[], None], parts: int) -> Callable[[float], None]:
+    """What to tell of the share of a step that is done, from 0 to 1, where the step has so many parts."""
+    told = 0
+
+    def tell(fraction: float) -> None:
+        nonlocal told
+        while told < min(int(fraction * parts), parts):
+            told += 1
+            advance()
+
+    return tell
+
+
 class Silent:
     """Shows nothing."""
 

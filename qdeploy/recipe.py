@@ -52,6 +52,7 @@ class Recipe:
     Attributes:
         source: The model.
         targets: In the order of the report; none for what needs none, such as calibrating.
+        states: The output that feeds each input which carries a state from sample to sample.
         calibration: DATA to calibrate with, or None.
         statistics: A statistics file to use instead of calibrating, or None.
         evaluation: DATA to measure accuracy with; None for the calibration samples.
@@ -67,6 +68,7 @@ class Recipe:
 
     source: ModelSource
     targets: tuple[TargetRequest, ...]
+    states: Mapping[str, str] = field(default_factory=dict)
     calibration: Any = None
     statistics: Path | None = None
     evaluation: Any = None
@@ -95,6 +97,7 @@ class Recipe:
                 "source": f"a {self.source.text}{FROM_PYTHON}" if of_module else self.source.text,
                 "inputs": [str(spec) for spec in self.source.inputs],
                 "dims": {n: f"{d.minimum}:{d.typical}:{d.maximum}" for n, d in self.source.dims.items()},
+                "states": dict(self.states),
             },
             "samples": {"preprocessing": self.preprocessing.to_json() if self.preprocessing else None},
             "calibration": {
@@ -178,6 +181,7 @@ class Given:
     dims: Mapping[str, DimRange] | None = None
     targets: tuple[TargetRequest, ...] | None = None
     options: Mapping[str, Mapping[str, str]] | None = None
+    states: Mapping[str, str] | None = None
     calibration: str | None = None
     statistics: Path | None = None
     evaluation: str | None = None
@@ -394,6 +398,9 @@ _STEPS = _Kind(
 _SETTINGS = _Kind(
     "a table", "For example: {resize = 256, crop = 224}.", lambda value: _is_text(value) or _is_table(value)
 )
+_NAMES = _Kind(
+    "a table of texts", 'For example: {h = "h_out"}.', lambda value: _is_table(value) and _are_texts([*value.values()])
+)
 _RANGES = _Kind("a table", "For example: {batch = [1, 1, 8]}.", _is_table)
 _TABLE = _Kind("a table", "Write its name in brackets on a line of its own, and its keys below.", _is_table)
 _TABLES = _Kind(
@@ -436,6 +443,7 @@ _KEYS: Mapping[_Place, _Key] = {
     _Place("model", "source"): _Key("source", _TEXT, move=_moved_place),
     _Place("model", "inputs"): _Key("inputs", _TEXTS, _inputs),
     _Place("model", "dims"): _Key("dims", _RANGES, _dims),
+    _Place("model", "states"): _Key("states", _NAMES, dict),
     _Place("samples", "preprocessing"): _Key("preprocessing", _SETTINGS, preprocessing_from_json, _moved_settings),
     _Place("calibration", "data"): _Key("calibration", _TEXT, move=_moved_place),
     _Place("calibration", "statistics"): _Key("statistics", _TEXT, Path, lambda text, move: move(text)),

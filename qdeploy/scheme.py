@@ -65,6 +65,7 @@ class Condition(StrEnum):
 
     CONSTANT_WEIGHT = "with a constant weight"
     CONSTANT_MATRIX = "with a constant weight of two dimensions"
+    CONSTANT_TABLE = "from a constant table of real values"
     CONSTANT_RECURRENCE = "with constant input and recurrence weights"
     DEPTHWISE = "depthwise (one input channel a group)"
     TRANSPOSED_B = "with a constant weight and transB=1"
@@ -87,8 +88,14 @@ class Form(StrEnum):
     """Integer weights; activations are quantized at run time, with the range that each tensor turns out to have."""
     WEIGHTS = "weights"
     """Integer weights; activations stay float."""
+    WEIGHT_QDQ = "weight-qdq"
+    """Integer weights behind DequantizeLinear; activations stay float."""
     HALF = "half"
     """Weights in float16, each behind a Cast to float32."""
+    FLOAT16 = "float16"
+    """The float graph in float16 throughout; inputs and outputs keep their types."""
+    QDQ_FLOAT16 = "qdq-float16"
+    """As QDQ, with everything that is not an integer in float16, the scales too."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,9 @@ class QuantContract:
         placement: Where QDQ pairs stand: before quantized operators only, or after them too.
         rules: In order; the first that matches a node wins. A node that none matches stays float.
         form: What the target is given.
+        strict: The target refuses QDQ pairs that no rule describes, or computes in float behind them without a word;
+            otherwise it merely runs them as they stand.
+        advice: What to know before choosing this precision: what it is worth, and what of that was not measured.
     """
 
     target: str
@@ -141,6 +151,8 @@ class QuantContract:
     placement: Literal["inputs", "inputs-and-outputs"]
     rules: tuple[OpRule, ...] = ()
     form: Form = Form.QDQ
+    strict: bool = False
+    advice: str = ""
 
     def with_per_tensor_weights(self) -> QuantContract:
         """The same contract with one scale for each weight tensor; where kernels take blocks only, blocks stay."""

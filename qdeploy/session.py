@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +41,7 @@ def open_session(
     Raises:
         UnavailableError: onnxruntime is not installed.
         InputError: ORT cannot load the model.
+        OSError: There is no room for the optimized graph.
     """
     try:
         import onnxruntime as ort
@@ -60,6 +64,8 @@ def open_session(
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a different class for each of its status codes
+        if optimized is not None and shutil.disk_usage(optimized.parent).free < path.stat().st_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(optimized)) from error
         raise InputError(f"ONNX Runtime cannot load {path.name}: {str(error).strip()}") from error
 
 

@@ -72,6 +72,7 @@ class Manifest(Document):
         inputs: The models' inputs, in order.
         outputs: The models' outputs, in order.
         dims: Ranges of the dynamic dimensions, by name.
+        states: The output that feeds each input which carries a state from call to call.
         preprocessing: What turns a raw sample into inputs; null if nothing does.
         targets: In the order asked for.
         environment: Versions, processor and system, by name.
@@ -84,6 +85,7 @@ class Manifest(Document):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dims: Mapping[str, DimRange] = Field(default_factory=dict)
+    states: Mapping[str, str] = Field(default_factory=dict)
     preprocessing: Mapping[str, JsonValue] | None = None
     targets: tuple[BundledTarget, ...]
     environment: Mapping[str, str] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,12 @@ from qdeploy.errors import InputError
 MANIFEST = "bundle.json"
 """The file that makes a folder a bundle."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: "A file grew too large",
+}
+"""What the operating system says when there is no room for more."""
 
 
 def require_free(output: Path, *, force: bool) -> None:
@@ -88,6 +94,24 @@ def writing_file(output: Path, *, force: bool) -> Iterator[Path]:
             (partial / output.name).replace(output.resolve())
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give an empty folder for intermediate files, gone in the end.
+
+    Raises:
+        InputError: The folder for temporary files cannot be written.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="qdeploy-"))
+    except OSError as error:
+        what = f"There is no room for intermediate files: {error}."
+        raise InputError(what, "Make some, or set TMPDIR to a folder that can be written.") from error
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
 def _require_place(output: Path, *, force: bool) -> None:
     with _naming(output):
         if output.exists() and not force:
@@ -119,10 +143,12 @@ def _folder_beside(output: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         if error.errno in FULL:
-            raise InputError(f"The disk is full: {output} was not written.", "Make room on it.") from error
+            what = f"{FULL[error.errno]}: {output} was not written."
+            cure = f"Make room there, or in {tempfile.gettempdir()}, where intermediate files lie."
+            raise InputError(what, cure) from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def _hidden(path: Path, why: str) -> Path:
@@ -138,9 +164,17 @@ def _replace(target: Path, partial: Path) -> None:
     try:
         target.rename(replaced)
         partial.rename(target)
-    except BaseException:
-        if not target.exists():
+    finally:
+        if target.exists():
+            _remove(replaced)
+        else:
             replaced.rename(target)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; what cannot be removed is no reason to fail, and an interrupt no reason to stop half-way."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    # The output stands: what cannot be removed is no reason to fail.
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -56,13 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         tell("this is a bug in qdeploy", "Please report it, with the lines above and the command.")
         return InternalError.exit_code
+    finally:
+        if arguments is None:  # the process ends now, and nothing is left to stop
+            _be_deaf()
     return code
 
 
 def tell(what: str, cure: str = "") -> None:
     """Print an error and its cure, one line each, on standard error."""
     lines = [f"error: {what}", *([cure] if cure else [])]
-    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    text = "".join(f"{line}\n" for line in lines)
+    # Names that a file brought along must not control the terminal.
+    sys.stderr.write("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+
+
+def _be_deaf() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -67,16 +67,22 @@ def _head(contract: QuantContract) -> Iterator[str]:
     lowest, highest = contract.opsets
     yield f"{contract.target}:{contract.precision}  opset {lowest} to {highest}, {contract.bias} biases"
     placement = {"inputs": "before", "inputs-and-outputs": "before and after"}[contract.placement]
-    forms = {**_FORMS, "qdq": f"QDQ pairs stand {placement} quantized operators."}
+    pairs = f"QDQ pairs stand {placement} quantized operators"
+    forms = {**_FORMS, "qdq": f"{pairs}.", "qdq-float16": f"{pairs}; everything else is float16."}
     yield forms[contract.form] + (" The first rule that matches an operator wins;" if contract.rules else "")
     if contract.rules:
         yield "an operator that none matches stays float."
+    if contract.advice:
+        yield ""
+        yield contract.advice
 
 
 _FORMS = {
     "float": "The target is given the float graph.",
     "dynamic": "Ranges of activations are measured at run time.",
     "weights": "Weights are stored as integers, activations are float.",
+    "float16": "The target is given the graph in float16; inputs and outputs keep their types.",
+    "weight-qdq": "Weights are stored as integers behind DequantizeLinear, activations are float.",
     "half": "Weights are stored in float16; what it computes in is up to the target.",
 }
 """What a target is given, by its contract's form."""

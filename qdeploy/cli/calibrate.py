@@ -29,6 +29,7 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
     samples: options.Samples = None,
     inputs: options.Inputs,
     dims: options.Dims,
+    state: options.States,
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -45,6 +46,7 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
         recipe = Recipe(
             source=options.model_source(source[0], inputs, dims),
             targets=(),
+            states=options.states(state),
             calibration=calibration,
             preprocessing=options.preprocessing(preprocess),
             samples=samples,

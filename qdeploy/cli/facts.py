@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 def model_facts(path: Path) -> dict[str, Any]:
     """What an ONNX file holds: interface, constants, operators, and how far it is quantized."""
-    from qdeploy.graph import describe, load_graph
+    from qdeploy.graph import describe, load_graph, require_sound
     from qdeploy.model import model_files, size_of_files
 
+    require_sound(path)
     graph = load_graph(path)
     model = describe(path, path.stem, {})
     return {
@@ -42,6 +43,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "inputs": [str(spec) for spec in manifest.inputs],
         "outputs": [str(spec) for spec in manifest.outputs],
         "dims": {name: f"{r.minimum}:{r.typical}:{r.maximum}" for name, r in manifest.dims.items()},
+        "states": dict(manifest.states),
         "preprocessing": manifest.preprocessing or {},
         "targets": {t.folder: f"{t.target}:{t.precision} in {t.main}" for t in manifest.targets},
         "environment": manifest.environment,

@@ -52,12 +52,13 @@ def _facts(path: Path) -> _Result:
 def _verdict(path: Path, target: str) -> _Result:
     from qdeploy.api import contract
     from qdeploy.bundle.load import open_bundle
-    from qdeploy.graph import load_graph
+    from qdeploy.graph import load_graph, require_sound
     from qdeploy.quantize.lint import lint
 
     rules = contract(*target.split(":", 1))
     name = f"{rules.target}:{rules.precision}"
     model = _bundled_model(open_bundle(path), target) if path.is_dir() else path
+    require_sound(model)
     violations = lint(load_graph(model), rules)
     facts = {"model": model.name, "target": name, "violations": [asdict(violation) for violation in violations]}
     return facts, _verdict_lines(model, name, violations), int(bool(violations))

@@ -105,6 +105,16 @@ Dims = Annotated[
         show_default=False,
     ),
 ]
+States = Annotated[
+    list[str],
+    typer.Option(
+        "--state",
+        metavar="INPUT=OUTPUT",
+        help="An input that the model's own output of the sample before feeds; the first sample begins with zeros.",
+        default_factory=list,
+        show_default=False,
+    ),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", metavar="DATA", help=f"{DATA}: samples to read ranges from.")
 ]
@@ -166,6 +176,23 @@ def ranges(texts: list[str]) -> dict[str, DimRange]:
     from qdeploy.model import DimRange
 
     return dict(map(DimRange.parse, texts))
+
+
+def states(texts: list[str]) -> dict[str, str]:
+    """What --state says: input → output.
+
+    Raises:
+        InputError: A text that is not of the form INPUT=OUTPUT, or an input that is named twice.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        name, _, output = text.partition("=")
+        if not name or not output:
+            raise InputError(f"--state cannot be {text!r}.", "Write INPUT=OUTPUT, for example h=h_out.")
+        if name in values:
+            raise InputError(f"The state {name!r} is given twice.", "Give each --state once.")
+        values[name] = output
+    return values
 
 
 def preprocessing(text: str | None) -> AnyPreprocessing | None:

@@ -45,6 +45,7 @@ def _recipe(path: Path, evaluation: str | None, metric: str | None, max_drop: fl
     return Recipe(
         source=ModelSource(str(path / "float" / "model.onnx"), "onnx", manifest.inputs, manifest.dims),
         targets=tuple(TargetRequest(target.target, target.precision) for target in manifest.targets),
+        states=manifest.states,
         evaluation=evaluation or str(path / "golden" / "inputs.npz"),
         preprocessing=preprocessing_from_json(manifest.preprocessing) if manifest.preprocessing else None,
         metric=metric,

@@ -14,6 +14,9 @@ from qdeploy.errors import InputError, InternalError
 from qdeploy.parity.bootstrap import Interval, paired_drops, paired_interval
 from qdeploy.parity.metrics import Difference, Metric, Scorer, Scores, difference
 
+MASK = np.float64(1e30)
+"""A value beyond it stands for an infinite one, as the −3e38 or the lowest float32 of a mask do."""
+
 Pair = tuple[str, str]
 """Names of a reference runner and of the runner that is compared with it."""
 
@@ -161,7 +164,14 @@ def _differences(pair: Pair, outputs: Mapping[str, Arrays]) -> dict[str, Differe
     if reference.keys() != compared.keys():
         message = f"{pair[1]} has the outputs {sorted(compared)}, its reference {pair[0]} has {sorted(reference)}"
         raise InternalError(message)
-    return {name: difference(array, compared[name]) for name, array in reference.items()}
+    return {name: difference(_with_masks(array), _with_masks(compared[name])) for name, array in reference.items()}
+
+
+def _with_masks(output: NDArray[Any]) -> NDArray[Any]:
+    """The output with its masks infinite: beside the energy of one −3e38 no error of the other values would show."""
+    if output.dtype.kind != "f" or not (masks := np.abs(output) >= MASK).any():
+        return output
+    return np.where(masks, np.copysign(np.inf, output), output)
 
 
 def _merged(sums: Mapping[str, Difference], seen: Mapping[str, Difference]) -> dict[str, Difference]:

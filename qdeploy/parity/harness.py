@@ -14,6 +14,7 @@ from qdeploy.parity.compare import Comparison, SampleLike, compare
 from qdeploy.parity.latency import Latency, measure
 from qdeploy.parity.metrics import Metric
 from qdeploy.parity.verdict import Stray
+from qdeploy.samples.states import Carrying, States
 from qdeploy.session import SessionRunner
 
 FLOAT = "float"
@@ -23,6 +24,7 @@ QDQ = "qdq"
 EAGER_SAMPLES = 32
 STRAY_SAMPLES = 8
 LATENCY_BUDGET_S = 10.0
+NO_STATES = States({}, ())
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,28 @@ class Subject:
     qdq: Path | None
 
 
+def as_written(model: Path) -> Runner:
+    """Runs an ONNX file on ORT CPU without graph rewrites: the reference of numerics."""
+    return SessionRunner(model, graph_level="disable")
+
+
 def against_float(
     float_model: Path,
     subjects: Sequence[Subject],
     samples: Iterable[SampleLike],
     metric: Metric | None,
     on_sample: Callable[[], None],
+    states: States = NO_STATES,
 ) -> dict[str, Comparison]:
-    """Each target against FP32 on every sample, by folder. FP32 runs once a sample, without graph rewrites."""
+    """Each target against FP32 on every sample, by folder. FP32 runs once a sample, without graph rewrites.
+
+    Each model carries its own states from sample to sample, so that what quantization does to them adds up as it will
+    where the model is used.
+    """
+    runners: dict[str, Runner] = {FLOAT: as_written(float_model)}
+    runners |= {subject.folder: subject.runner for subject in subjects}
     with ExitStack() as stack:
-        runners: dict[str, Runner] = {FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable"))}
-        runners |= {subject.folder: stack.enter_context(subject.runner) for subject in subjects}
+        runners = {name: stack.enter_context(Carrying(runner, states)) for name, runner in runners.items()}
         pairs = [(FLOAT, subject.folder) for subject in subjects]
         compared = compare(runners, pairs or [(FLOAT, FLOAT)], samples, metric, on_sample)
         return {folder: comparison for (_, folder), comparison in compared.items()}
@@ -60,7 +73,7 @@ def against_float(
 
 def against_eager(float_model: Path, eager: Runner, samples: Iterable[SampleLike]) -> Comparison:
     """The FP32 ONNX model against the module it was exported from, on the first samples."""
-    with eager, SessionRunner(float_model, graph_level="disable") as onnx:
+    with eager, as_written(float_model) as onnx:
         compared = compare({EAGER: eager, FLOAT: onnx}, [(EAGER, FLOAT)], islice(samples, EAGER_SAMPLES), None)
         return compared[EAGER, FLOAT]
 
@@ -71,8 +84,8 @@ def stray(float_model: Path, subject: Subject, samples: Iterable[SampleLike]) ->
         return None
     with ExitStack() as stack:
         runners: dict[str, Runner] = {
-            FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable")),
-            QDQ: stack.enter_context(SessionRunner(subject.qdq, graph_level="disable")),
+            FLOAT: stack.enter_context(as_written(float_model)),
+            QDQ: stack.enter_context(as_written(subject.qdq)),
             subject.folder: stack.enter_context(subject.runner),
         }
         own, quantization = (QDQ, subject.folder), (FLOAT, QDQ)
@@ -100,6 +113,6 @@ def latencies(runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Latenc
 def side_by_side(float_model: Path, subjects: Sequence[Subject]) -> Iterator[Callable[[Arrays], dict[str, Arrays]]]:
     """A function from model inputs to what FP32 and every target give for them, by folder."""
     with ExitStack() as stack:
-        runners: dict[str, Runner] = {FLOAT: stack.enter_context(SessionRunner(float_model, graph_level="disable"))}
+        runners: dict[str, Runner] = {FLOAT: stack.enter_context(as_written(float_model))}
         runners |= {subject.folder: stack.enter_context(subject.runner) for subject in subjects}
         yield lambda inputs: {name: runner.run(inputs) for name, runner in runners.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qdeploy import graph as questions
 from qdeploy.plan import matching_rule
+from qdeploy.quantize.pairs import pair_problems
 from qdeploy.scheme import Form, Granularity, OpRule, PerChannel, PerTensor, QuantContract, Scheme
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ OWN: Mapping[Form, Mapping[str, str]] = MappingProxyType(
     {
         Form.DYNAMIC: {"DynamicQuantizeLinear": "", "MatMulInteger": "MatMul", "DynamicQuantizeLSTM": "LSTM"},
         Form.WEIGHTS: {"MatMulNBits": "MatMul"},
+        Form.WEIGHT_QDQ: {},
     }
 )
 """The integer operators that a form consists of → the float operator whose rule they follow."""
@@ -38,7 +40,10 @@ TAKEN: Mapping[Form, str] = MappingProxyType(
         Form.QDQ: "float operators between QDQ pairs",
         Form.DYNAMIC: "MatMulInteger and DynamicQuantizeLSTM, on what DynamicQuantizeLinear delivers",
         Form.WEIGHTS: "MatMulNBits",
+        Form.WEIGHT_QDQ: "float operators with weights behind DequantizeLinear",
         Form.HALF: "float operators",
+        Form.FLOAT16: "float operators",
+        Form.QDQ_FLOAT16: "float operators between QDQ pairs",
     }
 )
 """What a target is given, by its contract's form."""
@@ -81,6 +86,8 @@ def lint(graph: ir.Model, contract: QuantContract) -> tuple[Violation, ...]:
     )
     found = list(_opset_violations(graph, contract))
     for node in graph.graph.all_nodes():
+        if contract.strict:
+            found += _pair_violations(node, contract)
         if node.op_type in NOT_QDQ or node.op_type == "QuantizeLinear":
             found += _form_violations(node, contract)
         else:
@@ -96,6 +103,13 @@ def _opset_violations(graph: ir.Model, contract: QuantContract) -> Iterator[Viol
         yield Violation("", "", what, "Operators of other opsets mean other things.", _AGAIN)
 
 
+def _pair_violations(node: ir.Node, contract: QuantContract) -> Iterator[Violation]:
+    """QDQ pairs that a strict target does not take, wherever they stand."""
+    reason = "It refuses such pairs while it parses them, or runs what stands behind them in float."
+    for what in pair_problems(node, contract):
+        yield Violation(str(node.name), node.op_type, what, reason, _AGAIN)
+
+
 def _form_violations(node: ir.Node, contract: QuantContract) -> Iterator[Violation]:
     """What is quantized in another way than the target's."""
     own = OWN.get(contract.form, {})
@@ -106,7 +120,7 @@ def _form_violations(node: ir.Node, contract: QuantContract) -> Iterator[Violati
             reason, problems = rule.reason, [*_integer_problems(node, rule, contract)]
     elif node.op_type in NOT_QDQ:
         problems = [f"not QDQ: it computes on integers itself; {contract.target} takes {TAKEN[contract.form]}"]
-    elif own:
+    elif contract.form in OWN:
         problems = [f"its range is fixed; {contract.target} takes {TAKEN[contract.form]}"]
     for what in problems:
         yield Violation(str(node.name), node.op_type, what, reason, _AGAIN)

@@ -127,7 +127,6 @@ def _insert_qdq(proto: onnx.ModelProto, plan: QuantPlan, nodes: list[str]) -> on
                 "ActivationSymmetric": False,
                 "WeightSymmetric": True,
                 "QuantizeBias": plan.contract.bias == "int32",
-                "OpTypesToExcludeOutputQuantization": types if plan.contract.placement == "inputs" else [],
                 "QDQKeepRemovableActivations": True,
                 "QDQDisableWeightAdjustForInt32Bias": True,
                 "TensorQuantOverrides": _overrides(plan),

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from qdeploy.errors import InputError
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import bias_correction
+from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.registry import suggestion
 from qdeploy.statistics import Statistics
 
-RecoveryStep = Callable[[QuantPlan, Statistics], QuantPlan]
+RecoveryStep = Callable[[Recovery], Recovery]
 
-STEPS: Mapping[str, RecoveryStep] = MappingProxyType({"bias-correction": bias_correction})
 
-DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("bias-correction",)})
+def _of_plan(step: Callable[[QuantPlan, Statistics], QuantPlan]) -> RecoveryStep:
+    """A step that needs nothing but the plan and its statistics."""
+    return lambda recovery: replace(recovery, plan=step(recovery.plan, recovery.statistics))
+
+
+STEPS: Mapping[str, RecoveryStep] = MappingProxyType({"bias-correction": _of_plan(bias_correction)})
+
+DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"int8": ("bias-correction",), "int8-fp16": ("bias-correction",)}
+)
 """Steps so cheap and so good that one has to ask for their absence."""
 
 
@@ -43,8 +53,19 @@ def steps_for(names: Sequence[str] | None, precision: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def recover(plan: QuantPlan, statistics: Statistics, names: Sequence[str]) -> QuantPlan:
-    """The plan after each of the named steps."""
+def recover(plan: QuantPlan, statistics: Statistics, names: Sequence[str], means: Means | None = None) -> QuantPlan:
+    """The plan after each of the named steps.
+
+    Args:
+        plan: Before them.
+        statistics: Of the plan's model.
+        names: The steps, in order.
+        means: What steps need that run samples or change the float graph.
+
+    Raises:
+        InputError: A step needs what is not there.
+    """
+    recovery = Recovery(plan, statistics, means)
     for name in names:
-        plan = STEPS[name](plan, statistics)
-    return plan
+        recovery = STEPS[name](recovery)
+    return recovery.plan

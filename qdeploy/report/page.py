@@ -72,7 +72,9 @@ def _target(row: Target, layers: tuple[Layer, ...]) -> str:
     parts = [_element("h2", f"{escape(row.target)} {escape(row.precision)}")]
     parts += [_element("p", escape(row.reason))] if row.reason else []
     parts += [_warning(warning) for warning in row.warnings]
-    parts += [_definitions(wording.details(row)), _layers(layers) if layers else ""]
+    parts += [_definitions(wording.details(row))]
+    parts += [_table(wording.OUTPUT_COLUMNS, map(_escaped, wording.output_cells(row)))] if row.outputs else []
+    parts += [_layers(layers)] if layers else []
     return _element("section", "\n".join(parts))
 
 
@@ -92,7 +94,11 @@ def _layers(layers: tuple[Layer, ...]) -> str:
         for layer in layers
     )
     summary = _element("summary", f"{len(layers)} layers")
-    return _element("details", summary + _table(titles, ([escape(text) for text in row] for row in rows), "layers"))
+    return _element("details", summary + _table(titles, map(_escaped, rows), "layers"))
+
+
+def _escaped(texts: Iterable[str]) -> list[str]:
+    return [escape(text) for text in texts]
 
 
 def _model(report: Report) -> str:

@@ -65,6 +65,15 @@ def accuracy_fields(comparison: Comparison) -> dict[str, Any]:
         "cosine": rounded(first.cosine),
         "sqnr_db": rounded(first.sqnr_db),
         "max_abs_error": rounded(first.max_abs_error),
+        "outputs": {
+            name: schema.Output(
+                sqnr_db=rounded(each.sqnr_db),
+                cosine=rounded(each.cosine),
+                max_abs_error=rounded(each.max_abs_error),
+                equal=rounded(each.equal_share),
+            )
+            for name, each in comparison.outputs.items()
+        },
         "evaluation_samples": comparison.samples,
     }
 

@@ -176,6 +176,22 @@ class Step(Value):
     detail: str = ""
 
 
+class Output(Value):
+    """How one output differs from the reference's, over all evaluation samples.
+
+    Attributes:
+        sqnr_db: Null for integers, and where nothing differs.
+        cosine: Cosine similarity; null for integers.
+        max_abs_error: Null for integers.
+        equal: Share of values that are equal, 0 to 1.
+    """
+
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    max_abs_error: float | None = None
+    equal: float | None = None
+
+
 class Target(Value):
     """One row: a target at one precision.
 
@@ -196,6 +212,7 @@ class Target(Value):
         cosine: Cosine similarity to the reference's first output.
         sqnr_db: Of the first output, against the reference's.
         max_abs_error: Of the outputs, against the reference's.
+        outputs: The figures of each output, by name, in the model's order.
         evaluation_samples: Samples that the figures above rest on.
         latency_ms: On the target's runtime.
         baseline_latency_ms: FP32 on the same runtime and device.
@@ -225,6 +242,7 @@ class Target(Value):
     cosine: float | None = None
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    outputs: Mapping[str, Output] = Field(default_factory=dict)
     evaluation_samples: int | None = None
     latency_ms: Latency | None = None
     baseline_latency_ms: Latency | None = None

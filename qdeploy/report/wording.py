@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -85,6 +86,17 @@ def details(row: Target) -> tuple[tuple[str, str], ...]:
         ("Artifact", row.artifact or ""),
     )
     return tuple((name, text) for name, text in pairs if text)
+
+
+OUTPUT_COLUMNS = ("Output", "SQNR", "Cosine similarity", "Largest error", "Equal values")
+
+
+def output_cells(row: Target) -> Iterator[tuple[str, ...]]:
+    """How each output differs from FP32's."""
+    for name, output in row.outputs.items():
+        cosine = ABSENT if output.cosine is None else f"{output.cosine:.6f}"
+        largest = ABSENT if output.max_abs_error is None else _significant(output.max_abs_error)
+        yield name, _decibels(output.sqnr_db), cosine, largest, _percent(output.equal)
 
 
 def eager_sentence(eager: Eager) -> str:

@@ -72,7 +72,9 @@ def _read(path: Path, input_names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         with content:
             arrays = {name: native(content[name]) for name in content.files}
     except DAMAGE as error:
-        raise InputError(f"The file {path} cannot be read: {error}.", "Write it with numpy.save or savez.") from error
+        # numpy takes whatever it does not know for a pickle, and advises to load it.
+        reason = "it holds Python objects or no array" if "pickle" in str(error) else error
+        raise InputError(f"The file {path} cannot be read: {reason}.", "Write it with numpy.save or savez.") from error
     if arrays.keys().isdisjoint(input_names):
         raise InputError(f"The file {path} holds no inputs.", f"Name its arrays: {', '.join(input_names)}.")
     return arrays

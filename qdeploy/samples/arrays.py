@@ -21,7 +21,10 @@ from qdeploy.registry import suggestion
 from qdeploy.samples.source import Sample, SampleSource, evenly_spaced, how_many, native
 
 LABELS = "labels"
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TokenError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError),
+    *(TokenError, zipfile.BadZipFile, zlib.error),
+)
 """What zipfile and numpy raise on damaged files."""
 
 
@@ -40,7 +43,13 @@ class _Array:
     shape: tuple[int, ...]
 
 
-def open_arrays(path: Path, input_names: tuple[str, ...], ranks: Mapping[str, int], limit: int | None) -> SampleSource:
+def open_arrays(
+    path: Path,
+    input_names: tuple[str, ...],
+    ranks: Mapping[str, int],
+    limit: int | None,
+    states: tuple[str, ...] = (),
+) -> SampleSource:
     """The rows of arrays that are named by the model's inputs; under a limit, evenly spaced ones.
 
     An array `a` with one axis more than its input holds whole inputs, a[i]; otherwise it holds items of a batch and
@@ -51,12 +60,14 @@ def open_arrays(path: Path, input_names: tuple[str, ...], ranks: Mapping[str, in
         input_names: Of the model.
         ranks: How many axes each input has; an input whose rank is not known is cut as a[i:i+1].
         limit: Most samples to read, or None for all.
+        states: Further inputs, which the file may lack.
 
     Raises:
         InputError: The file is missing or damaged, or its arrays do not fit the inputs.
     """
     with _damage_reported(path):
         arrays = _headers(path)
+    input_names = (*input_names, *(name for name in states if name in arrays))
     _require_names(path, arrays, input_names)
     count = _common_length(path, arrays)
     row_shapes = {name: _row_shape(path, arrays[name], ranks.get(name)) for name in input_names}

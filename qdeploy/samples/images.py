@@ -53,7 +53,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> tuple[NDArray[np.uin
     Raises:
         InputError: The file cannot be decoded, or does not suit the preprocessing.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         content = path.read_bytes()
@@ -61,6 +61,8 @@ def read_image(path: Path, preprocessing: Preprocessing) -> tuple[NDArray[np.uin
             return np.frombuffer(content, np.uint8), preprocessing.apply(image)
     except InputError as error:
         raise InputError(f"The image {path} does not fit. {error.what}", error.cure) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"The file {path} is no image of a known format.", "Mend or remove it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"The image {path} cannot be decoded: {error}.", "Mend or remove it.") from error
 

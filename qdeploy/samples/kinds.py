@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 from qdeploy.samples.audio import Windows
@@ -11,9 +12,12 @@ from qdeploy.samples.tokenization import Tokenization
 
 AnyPreprocessing = Preprocessing | Tokenization | Windows
 
+TEXT_SETTINGS = frozenset(field.name for field in fields(Tokenization))
+"""None of these is also a setting of images or audio."""
+
 
 def parse_preprocessing(text: str) -> AnyPreprocessing:
-    """From `key=value` words: with a tokenizer they are a Tokenization, with a rate Windows, otherwise for images.
+    """From `key=value` words: of texts they are a Tokenization, with a rate Windows, otherwise for images.
 
     Raises:
         InputError: A word without "=", an unknown key, or a value that does not fit.
@@ -31,6 +35,6 @@ def preprocessing_from_json(values: Mapping[str, Any]) -> AnyPreprocessing:
 
 
 def _kind(keys: Collection[str]) -> type[AnyPreprocessing]:
-    if "tokenizer" in keys:
+    if not TEXT_SETTINGS.isdisjoint(keys):
         return Tokenization
     return Windows if "rate" in keys else Preprocessing

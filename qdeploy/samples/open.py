@@ -36,6 +36,7 @@ def open_samples(
     ranks: Mapping[str, int] = MappingProxyType({}),
     preprocessing: AnyPreprocessing | None = None,
     limit: int | None = None,
+    states: tuple[str, ...] = (),
 ) -> SampleSource:
     """The samples that DATA stands for.
 
@@ -47,6 +48,7 @@ def open_samples(
         ranks: How many axes each input has, where known: it decides how the arrays of an .npz file are cut.
         preprocessing: How images, texts or audio become the model's input; other forms are taken as they are.
         limit: Most samples to read: evenly spaced over files, arrays and texts, the first ones of anything else.
+        states: Further inputs, which a sample may give or not.
 
     Raises:
         InputError: DATA is none of these, or is wrong in itself; what it yields is checked by `checked`.
@@ -62,7 +64,7 @@ def open_samples(
     if path.is_dir():
         return _open_folder(path, input_names, ranks, preprocessing, limit)
     if path.suffix == ".npz":
-        return open_arrays(path, input_names, ranks, limit)
+        return open_arrays(path, input_names, ranks, limit, states)
     if path.suffix in text.SUFFIXES:
         return text.open_text(path, input_names, _of_kind(Tokenization, preprocessing), limit)
     if ":" in str(data):

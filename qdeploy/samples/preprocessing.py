@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.errors import InputError
+from qdeploy.model import ImageInput
 from qdeploy.registry import suggestion
 from qdeploy.samples.settings import Conversions, converted, key_values
 
@@ -103,6 +104,15 @@ class Preprocessing:
     def to_json(self) -> dict[str, Any]:
         """All settings as plain JSON values, from which `from_json` makes an equal object."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def image_input(self) -> ImageInput | None:
+        """The part that is done on the pixels of a prepared image; None where the channels come last."""
+        if self.layout != "nchw":
+            return None
+        mean, std = (numbers * self.channels if len(numbers) == 1 else numbers for numbers in (self.mean, self.std))
+        scale = tuple(self.scale / s for s in std)
+        bias = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        return ImageInput(scale, bias, self.color)
 
     def apply(self, image: Image) -> NDArray[np.float32]:
         """The model input for a PIL image, float32 [1, C, H, W] or [1, H, W, C].

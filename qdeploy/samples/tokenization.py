@@ -99,7 +99,10 @@ class Tokenization:
         if ":" in self.tokenizer:
             return partial(_encode_by_callable, _own_tokenizer(self))
         what = f"There is no tokenizer {self.tokenizer}."
-        raise InputError(what, "Give a tokenizer.json, a folder that holds one, or file.py:callable.")
+        if path.is_file():
+            what = f"The file {self.tokenizer} is no tokenizer.json."
+        cure = "Give a tokenizer.json, a folder that holds one (save_pretrained writes it), or file.py:callable; "
+        raise InputError(what, f"{cure}nothing is downloaded.")
 
 
 def _truth(value: Any) -> bool:
@@ -126,7 +129,8 @@ def _read(path: Path, tokenization: Tokenization) -> Tokenizer:
     except ModuleNotFoundError as error:
         raise UnavailableError("tokenizers is not installed.", "Install it: pip install 'qdeploy[text]'") from error
     if not path.is_file():
-        raise InputError(f"There is no file {path}.", "Give a tokenizer.json, or a folder that holds one.")
+        cure = "Give a tokenizer.json, or a folder that holds one: tokenizer.save_pretrained(FOLDER) writes it."
+        raise InputError(f"There is no file {path}.", cure)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no narrower class

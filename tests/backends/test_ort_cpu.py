@@ -91,6 +91,9 @@ QUANTIZED = {
     "Concat": between("[n] z = Concat <axis=2> (c, d)"),
     "GlobalAveragePool": between("[n] z = GlobalAveragePool (c)"),
     "AveragePool": between("[n] z = AveragePool <kernel_shape=[2,2], strides=[2,2]> (c)"),
+    "AveragePool of less than a window": between(
+        "[n] z = AveragePool <kernel_shape=[9,9], strides=[9,9], ceil_mode=1> (c)"
+    ),
     "AveragePool padded": between("[n] z = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (c)"),
     "LeakyRelu": between("[n] z = LeakyRelu (c)"),
     "Sigmoid": between("[n] z = Sigmoid (c)"),
@@ -120,6 +123,8 @@ FLOAT = {
     "ReduceMean": between("a = Constant <value_ints=[3]> ()\n[n] z = ReduceMean (c, a)"),
     "Resize": between('s = Constant <value_floats=[1.0,1.0,2.0,2.0]> ()\n[n] z = Resize <mode="linear"> (c, , s)'),
     "LayerNormalization": between("[n] z = LayerNormalization <axis=3> (c, g)", ", float[8] g"),
+    "Gelu": between("[n] z = Gelu (c)"),
+    "Gather": between("i = Constant <value_ints=[2,0]> ()\n[n] z = Gather <axis=2> (c, i)"),
     "Softmax": alone("[c] c = Conv (x, w)\n[n] y = Softmax (c)", "float[4,3,1,1] w", "1,3,8,8"),
 }
 
@@ -138,6 +143,18 @@ def test_what_no_rule_quantizes_runs_in_float(text, tmp_path):
 
     assert "n" not in quantized
     assert layers["n"].precision == "fp32"
+
+
+def test_a_pool_of_less_than_a_window_gives_what_its_qdq_graph_gives(tmp_path):
+    text = QUANTIZED["AveragePool of less than a window"]
+    backend = OrtCpu()
+    quantized = quantized_model(float_model(text, tmp_path), backend.contract("int8", Options()), tmp_path)
+    (sample, *_) = samples_for(quantized.float_model)
+
+    exact = outputs_of(quantized.path, sample.inputs)
+    fused = outputs_of(quantized.path, sample.inputs, "all")
+
+    np.testing.assert_allclose(fused["y"], exact["y"], atol=0.05 * np.abs(exact["y"]).max())
 
 
 def test_every_rule_has_been_tried():

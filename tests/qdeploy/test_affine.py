@@ -164,6 +164,12 @@ def test_a_zero_tensor_has_scale_one_and_a_tiny_one_a_normal_scale(symmetric):
     assert affine.scale.tolist() == [1.0, SMALLEST_SCALE]
 
 
+def test_the_product_of_the_smallest_scales_divides_an_int32_bias():
+    product = np.float32(SMALLEST_SCALE) * np.float32(SMALLEST_SCALE)
+
+    assert product >= np.finfo(np.float32).tiny
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_an_empty_tensor_has_scale_one(axis):
     x = np.zeros((3, 0), np.float32)

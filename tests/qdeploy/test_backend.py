@@ -39,6 +39,8 @@ def test_options_that_are_not_given_keep_their_defaults():
         ("device", "cuda:0", "cuda:0"),
         ("shapes", "1x3,8x3", ("1x3", "8x3")),
         ("shapes", "1x3", ("1x3",)),
+        ("shapes", "1x3, 8x3", ("1x3", "8x3")),
+        ("shapes", "", ()),
     ],
 )
 def test_texts_become_values_of_the_options_type(key, text, value):

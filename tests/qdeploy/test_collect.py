@@ -303,6 +303,14 @@ def test_ranges_that_have_settled_are_not(sigmoid, last):
     assert not any("still grew" in note for note in collect(sigmoid, samples).notes)
 
 
+@pytest.mark.parametrize(("last", "grows"), [(0.0, False), (float(np.finfo(np.float32).max), True)])
+def test_ranges_of_masks_do_not_overflow(sigmoid, recwarn, last, grows):
+    samples = growing([float(np.finfo(np.float32).min), *[0.0] * 18, last])
+
+    assert any("2 of 2 tensors still grew" in note for note in collect(sigmoid, samples).notes) == grows
+    assert not recwarn.list
+
+
 def test_workers_meet_their_samples_in_order(sigmoid, monkeypatch):
     """Extremes are kept as they were up to each sample, so no worker may count a later sample before an earlier one."""
     order = {}

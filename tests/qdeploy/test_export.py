@@ -232,6 +232,19 @@ def test_a_forward_without_tensors_is_refused(tmp_path, given):
         exported(tmp_path, Gives(lambda _: given), X)
 
 
+class Cache:
+    """What generating models return beside their logits."""
+
+
+def test_an_output_that_no_onnx_model_has_is_refused_by_name_before_tracing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("traced"))
+
+    with pytest.raises(InputError) as refused:
+        exported(tmp_path, Gives(lambda x: {"logits": x + 1, "past": (Cache(),)}), X)
+    assert refused.value.what == "Forward returns a Cache as 'past_0'; the outputs of ONNX are tensors."
+    assert "use_cache=False" in refused.value.cure
+
+
 def test_a_bfloat16_output_is_compared_as_float32():
     (output,) = EagerRunner(load(source(Gives(lambda x: x.bfloat16()), X))).run({"x": X.numpy()}).values()
 
@@ -295,6 +308,47 @@ def test_the_onnx_model_runs_at_every_size_in_range(sequences, run_onnx, batch, 
     module, model = sequences
 
     assert_same(run_onnx, model, module, *tokens(batch, length))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrence_takes_any_length_in_each_model_of_a_process(kind, tmp_path, run_onnx):
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        module = Recurrent(kind)
+
+        model = exported(tmp_path / place, module, torch.zeros(2, 5, 4), ["x=float32[batch,time,4]"])
+
+        assert_same(run_onnx, model, module, randn(3, 9, 4))
+
+
+class BiasedAttention(nn.Module):
+    """Attention with a learned bias, as T5 and Swin have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.from_numpy(randn(2, 5, 5)))
+
+    def forward(self, x):
+        heads = x.view(*x.shape[:2], 2, 2).transpose(1, 2)
+        result = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.bias[None])
+        return result.transpose(1, 2).contiguous().view(*x.shape[:2], -1)
+
+
+def test_attention_with_a_learned_bias_is_exported(tmp_path, run_onnx):
+    module = BiasedAttention()
+
+    model = exported(tmp_path, module, torch.zeros(2, 5, 4), ["x=float32[batch,5,4]"])
+
+    assert_same(run_onnx, model, module, randn(3, 5, 4))
 
 
 class Trained(nn.Module):
@@ -389,6 +443,18 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
         exported(tmp_path, Gives(lambda x: torch.linalg.eigvalsh(x @ x.T)), X)
     assert refused.value.what.startswith("Gives cannot be exported to ONNX: ")
     assert "aten._linalg_eigh" in refused.value.what
+
+
+def test_the_module_of_an_operator_that_onnx_lacks_is_named(tmp_path):
+    @torch.library.custom_op("qdeploy_tests::unknown_to_onnx", mutates_args=())
+    def unknown(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    unknown.register_fake(torch.empty_like)
+    inner = nn.Sequential(nn.Linear(4, 4), Gives(lambda x: unknown(x)))  # noqa: PLW0108 - it cannot be copied
+
+    with pytest.raises(InputError, match=r"^Sequential cannot be exported to ONNX in 1\.1 \(Gives\): "):
+        exported(tmp_path, nn.Sequential(nn.ReLU(), inner), X)
 
 
 def test_randomness_in_forward_is_refused(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qdeploy import pipeline, registry
-from qdeploy.backend import Artifact, Availability, Layer
+from qdeploy.backend import Artifact, Availability, Layer, no_progress
 from qdeploy.backends.ort_cpu import OrtCpu
 from qdeploy.bundle.load import open_bundle
 from qdeploy.errors import InputError, UnavailableError
@@ -174,6 +174,8 @@ def test_the_reports_figures_are_those_of_the_bundles_files(bundle, data, folder
     assert row.drop == pytest.approx(reference_top1 - top1, abs=1e-6)
     assert row.drop_interval[0] <= row.drop <= row.drop_interval[1]
     assert row.agreement == (x.argmax(1) == y.argmax(1)).mean()
+    assert list(row.outputs) == ["logits", "features"]
+    assert (row.outputs["logits"].sqnr_db, row.outputs["logits"].cosine) == (row.sqnr_db, row.cosine)
     assert row.max_abs_error == pytest.approx(np.abs(x - y).max(), abs=1e-6)
     noise = ((x - y) ** 2).sum()
     if noise:
@@ -350,6 +352,25 @@ def test_statistics_of_parts_merge_to_those_of_the_whole(bundle, data, tmp_path)
     assert (tmp_path / "out/ort-cpu/model.onnx").read_bytes() == (bundle[0] / "ort-cpu/model.onnx").read_bytes()
 
 
+def test_samples_that_merged_statistics_share_are_noticed(data, tmp_path):
+    with np.load(data / "calibration.npz") as arrays:
+        images = arrays["image"]
+    for name, part in {"a": images[[0, 0, 1, 2, 3]], "b": images[2:5], "c": images[2:3]}.items():
+        np.savez(tmp_path / f"{name}.npz", image=part)
+        samples = recipe(data, targets=(), calibration=str(tmp_path / f"{name}.npz"))
+        pipeline.calibrate(samples, tmp_path / f"{name}.stats.npz")
+    parts = [tmp_path / f"{name}.stats.npz" for name in "abc"]
+    note = "2 samples are in more than one of the merged files, and count once for each."
+
+    merged = pipeline.merge_statistics(parts, tmp_path / "merged.npz")
+
+    assert merged.samples == 9
+    assert note in merged.notes
+    assert Statistics.load(tmp_path / "merged.npz").notes == merged.notes
+    apart = pipeline.merge_statistics(parts[2:], tmp_path / "apart.npz")
+    assert not any("more than one" in each for each in apart.notes)
+
+
 def test_nothing_cannot_be_merged(tmp_path):
     with pytest.raises(InputError, match=r"There are no statistics to merge\."):
         pipeline.merge_statistics([], tmp_path / "merged.npz")
@@ -363,6 +384,21 @@ def test_what_calibration_notices_reaches_the_report(bundle, data, tmp_path):
     notes = Statistics.load(tmp_path / "out/calibration/statistics.npz").notes
     assert notes
     assert report.notes == notes
+
+
+def test_slow_samples_are_not_begun_anew_for_a_look_at_the_first(data, tmp_path):
+    passes = []
+
+    def slow():
+        passes.append("one more")
+        with np.load(data / "evaluation.npz") as arrays:
+            for image, label in zip(arrays["image"], arrays["labels"], strict=True):
+                yield {"image": image[None]}, label
+
+    report = pipeline.run(recipe(data, "ort-cpu", "ort-cpu:fp32", evaluation=slow), tmp_path / "out")
+
+    assert report.targets[0].evaluation_samples == 100
+    assert len(passes) == 2  # one for the first labels, one to compare
 
 
 # Refused before any work
@@ -453,9 +489,19 @@ class Late(OrtCpu):
 
     name = "late"
 
-    def lower(self, _model, _precision, directory, _options):
+    def lower(self, _model, _precision, directory, _options, _on_progress=None):
         (directory / "half-built").touch()
         raise UnavailableError("The driver is too old.", "Update it.")
+
+
+class Picky(OrtCpu):
+    """A target that finds something in the model that it cannot take."""
+
+    name = "picky"
+
+    def lower(self, _model, _precision, directory, *_others):
+        (directory / "half-built").touch()
+        raise InputError("The convolution 'stem' has 3 rows.", "Give it 2.")
 
 
 class Fallback(OrtCpu):
@@ -463,8 +509,8 @@ class Fallback(OrtCpu):
 
     name = "fallback"
 
-    def lower(self, model, precision, directory, options):
-        artifact = super().lower(model, precision, directory, options)
+    def lower(self, model, precision, directory, options, on_progress=no_progress):
+        artifact = super().lower(model, precision, directory, options, on_progress)
         layers = [
             dataclasses.replace(each, precision="fp32") if each.node == "pointwise" else each
             for each in artifact.layers
@@ -500,7 +546,7 @@ class Configured(OrtCpu):
     options_type = ManyOptions
     opened: ClassVar[list] = []
 
-    def lower(self, model, precision, directory, _options):
+    def lower(self, model, precision, directory, _options, _on_progress=no_progress):
         (directory / "model.onnx").write_bytes(model.path.read_bytes())
         return Artifact(
             self.name, precision, directory, "model.onnx", (Layer("stem", "Conv", "", (), None, (), "fp32"),)
@@ -514,7 +560,7 @@ class Configured(OrtCpu):
 @pytest.fixture
 def plug_ins(monkeypatch):
     """Registers the targets above."""
-    for kind in (Elsewhere, Late, Fallback, Strays, Configured):
+    for kind in (Elsewhere, Late, Picky, Fallback, Strays, Configured):
         monkeypatch.setitem(registry.backends()._paths, kind.name, f"{__name__}:{kind.__name__}")
     monkeypatch.setitem(registry.backends()._paths, "missing", "qdeploy_no_such_package.target:Target")
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or import_module(__name__))
@@ -538,6 +584,21 @@ def test_targets_that_cannot_be_built_here_are_rows_and_the_others_are_built(plu
     assert report.targets[0].sqnr_db is report.targets[0].size_bytes is None
     assert not any(name.startswith(("elsewhere", "late")) for name in files(tmp_path / "out"))
     assert [target.folder for target in open_bundle(tmp_path / "out").manifest.targets] == ["ort-cpu"]
+
+
+def test_a_target_that_refuses_the_model_is_a_row_and_the_others_are_built(plug_ins, data, tmp_path):
+    report = pipeline.run(recipe(data, "picky", "ort-cpu"), tmp_path / "out")
+
+    assert [(row.target, row.status) for row in report.targets] == [("picky", "unavailable"), ("ort-cpu", "pass")]
+    assert report.targets[0].reason == "The convolution 'stem' has 3 rows. Give it 2."
+    assert report.exit_code == 3
+    assert not any(name.startswith("picky") for name in files(tmp_path / "out"))
+
+
+def test_a_model_that_the_only_target_refuses_is_refused(plug_ins, data, tmp_path):
+    with pytest.raises(InputError, match=r"The convolution 'stem' has 3 rows\. Give it 2\."):
+        pipeline.run(recipe(data, "picky"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_any_target_that_can_be_built_has_a_report_all_the_same(plug_ins, data, tmp_path):

@@ -223,6 +223,25 @@ def test_other_means_stay(build, node, normal_form, run_onnx, shape, axes, resul
     assert_same_outputs(run_onnx, model, prepared, {"x": floats(*shape)})
 
 
+@pytest.mark.parametrize("window", [(2, 640, 640, 0), (8, 3, 2, 0), (7, 3, 3, 1), (6, 2, 2, 0)])
+def test_windows_that_stick_out_are_averaged_as_torch_does(build, node, normal_form, run_onnx, window):
+    import torch
+
+    size, kernel, stride, pad = window
+    x = floats(2, 3, size, size)
+    with_ceil = {"ceil_mode": True, "count_include_pad": False}
+    expected = torch.nn.functional.avg_pool2d(torch.from_numpy(x), kernel, stride, pad, **with_ceil).numpy()
+    settings = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "ceil_mode": 1}
+    nodes = [node("AveragePool", "x", "pooled", **settings), node("Identity", "pooled", "out")]
+    model = build(nodes, {"x": [2, 3, size, size]}, {"out": list(expected.shape)}, {})
+
+    prepared = normal_form(model)
+
+    pool = next(n for n in questions.load_graph(prepared.path).graph if n.op_type == "AveragePool")
+    assert pool.attributes.get_int("ceil_mode", 0) == 0
+    np.testing.assert_allclose(run_onnx(prepared.path, {"x": x})["out"], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["int32", "double"])
 def test_a_mean_of_other_numbers_than_float32_stays(build, node, normal_form, run_onnx, kind):
     from onnx import TensorProto

@@ -46,6 +46,7 @@ def test_a_bundle_keeps_the_recipe_under_the_recipe_files_names():
     recipe = Recipe(
         SOURCE,
         (TargetRequest("ort-cpu", "int8", {"threads": "2"}), TargetRequest("tensorrt")),
+        states={"h": "h_out"},
         calibration="images",
         evaluation=Path("labelled"),
         preprocessing=Preprocessing.parse("resize=8 crop=8"),
@@ -62,7 +63,12 @@ def test_a_bundle_keeps_the_recipe_under_the_recipe_files_names():
 
     assert json.loads(json.dumps(written)) == written
     assert written == {
-        "model": {"source": "model.py:build", "inputs": ["image=float32[batch,3]"], "dims": {"batch": "1:2:8"}},
+        "model": {
+            "source": "model.py:build",
+            "inputs": ["image=float32[batch,3]"],
+            "dims": {"batch": "1:2:8"},
+            "states": {"h": "h_out"},
+        },
         "samples": {"preprocessing": Preprocessing.parse("resize=8 crop=8").to_json()},
         "calibration": {"data": "images", "statistics": None, "reader": "percentile:99.9", "samples": 100},
         "quantization": {"granularity": "per-tensor", "keep": ["first", "head.*"], "recover": ["bias-correction"]},
@@ -392,6 +398,7 @@ recipes = st.builds(
     st.lists(st.builds(TargetRequest, names, names | st.just(""), st.just({"an option": 'with "quotes"\n'}))).map(
         tuple
     ),
+    states=st.dictionaries(names, names),
     reader=names,
     keep=st.lists(names).map(tuple),
     recover=st.none() | st.lists(names).map(tuple),

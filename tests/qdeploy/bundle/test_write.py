@@ -1,13 +1,15 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from qdeploy.bundle.write import require_free, require_free_file, writing, writing_file
+from qdeploy.bundle.write import require_free, require_free_file, scratch_folder, writing, writing_file
 from qdeploy.errors import InputError
 
 KILLED = """
@@ -174,7 +176,35 @@ def test_a_full_disk_is_said_to_be_one(tmp_path, writer):
     with pytest.raises(InputError) as caught:
         failing(writer, tmp_path / "out", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
-    assert str(caught.value) == f"The disk is full: {tmp_path}/out was not written. Make room on it."
+    cure = f"Make room there, or in {tempfile.gettempdir()}, where intermediate files lie."
+    assert str(caught.value) == f"The disk is full: {tmp_path}/out was not written. {cure}"
+    assert names(tmp_path) == []
+
+
+def test_an_interrupt_while_the_old_bundle_is_removed_leaves_nothing_of_it(tmp_path, monkeypatch):
+    bundle_at(tmp_path / "out")
+    rmtree, calls = shutil.rmtree, []
+
+    def interrupted_once(path, **options):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", force=True) as folder:
+        (folder / "new").touch()
+
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_intermediate_files_are_gone_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_folder() as folder:
+        (folder / "half").touch()
+
+    assert folder.parent == tmp_path
     assert names(tmp_path) == []
 
 

@@ -122,7 +122,7 @@ def test_every_option_reaches_the_recipe(here, qdeploy):
 
     assert (ended.code, ended.out, ended.err) == (0, "", "")
     recipe = json.loads((here / "out" / "bundle.json").read_text())["recipe"]
-    assert recipe["model"] == {"source": "net.onnx", "inputs": ["image=float32[1,1,8,8]"], "dims": {}}
+    assert recipe["model"] == {"source": "net.onnx", "inputs": ["image=float32[1,1,8,8]"], "dims": {}, "states": {}}
     assert recipe["calibration"]["reader"] == "percentile:99.9"
     assert recipe["calibration"]["samples"] == 50
     assert recipe["quantization"] == {"granularity": "per-tensor", "keep": ["first", "classifi*"], "recover": ["none"]}

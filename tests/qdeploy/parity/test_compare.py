@@ -316,3 +316,47 @@ def test_a_broken_runner_does_not_spoil_the_others_correlation():
     seen = run(data, lambda x: {"logits": np.where(x == 3, np.nan, x)}, metric_from_name("pearson"))
 
     assert (seen.reference_metric, seen.metric, seen.drop) == (pytest.approx(1.0), None, None)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("mask", [-3e38, -np.finfo(np.float32).max, -np.inf])
+@pytest.mark.parametrize("other", [-3e38, -np.inf])
+def test_a_mask_weighs_nothing_and_leaves_the_errors_of_the_others_to_be_seen(mask, other):
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    y = (x + np.float32(0.25)).astype(np.float32)
+    hidden = np.arange(5) >= np.array([3, 5, 2, 4, 1, 5])[:, None]
+
+    found = run(
+        [sample(np.zeros(6))],
+        lambda _: {"logits": np.where(hidden, np.float32(other), y)},
+        reference=lambda _: {"logits": np.where(hidden, np.float32(mask), x)},
+    )
+
+    signal, noise = (np.sum(array[~hidden].astype(np.float64) ** 2) for array in (x, x - y))
+    assert found.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-6)
+    assert found.max_abs_error == pytest.approx(0.25, abs=1e-6)
+    assert found.agreement == 1
+    assert found.incomparable == 0
+
+
+@pytest.mark.parametrize("other", [0.0, -1e4, 3e38])
+def test_a_mask_that_a_target_lost_is_seen(other):
+    found = run(
+        [sample(np.zeros(1))],
+        lambda _: {"logits": np.array([[1.0, other]], np.float32)},
+        reference=lambda _: {"logits": np.array([[1.0, -3e38]], np.float32)},
+    )
+
+    assert found.incomparable == 1
+    assert found.sqnr_db == -math.inf
+
+
+def test_half_precision_has_no_value_that_stands_for_an_infinite_one():
+    x = np.array([[1.0, -65504.0]], np.float16)
+
+    found = run([sample(x)], lambda x: {"logits": x + np.float16(0.5)})
+
+    assert found.incomparable == 0
+    assert found.max_abs_error == 0.5

@@ -1,11 +1,13 @@
 """Which steps are taken, and in which order."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
 
 from qdeploy.errors import InputError
 from qdeploy.recover import steps
+from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.steps import DEFAULTS, STEPS, recover, steps_for
 
 
@@ -14,7 +16,8 @@ from qdeploy.recover.steps import DEFAULTS, STEPS, recover, steps_for
     [
         (None, "int8", ("bias-correction",)),
         (None, "fp32", ()),
-        (None, "int8-fp16", ()),
+        (None, "int8-fp16", ("bias-correction",)),
+        (None, "fp16", ()),
         (("none",), "int8", ()),
         ((), "int8", ()),
         (["bias-correction"], "int8", ("bias-correction",)),
@@ -47,8 +50,22 @@ def test_wrong_steps_are_refused(names, message):
 
 
 def test_steps_are_taken_in_the_order_asked_for(monkeypatch):
-    table = {name: lambda plan, statistics, name=name: [*plan, (name, statistics)] for name in "abc"}
-    monkeypatch.setattr(steps, "STEPS", MappingProxyType(table))
+    def step(name):
+        return lambda recovery: replace(recovery, plan=[*recovery.plan, (name, recovery.statistics, recovery.means)])
 
-    assert recover([], "statistics", ("b", "a")) == [("b", "statistics"), ("a", "statistics")]
+    monkeypatch.setattr(steps, "STEPS", MappingProxyType({name: step(name) for name in "abc"}))
+
+    assert recover([], "statistics", ("b", "a"), "means") == [
+        ("b", "statistics", "means"),
+        ("a", "statistics", "means"),
+    ]
     assert recover(["plan"], "statistics", ()) == ["plan"]
+
+
+def test_steps_that_run_samples_say_so_when_there_are_none(tmp_path):
+    bare = Recovery("plan", "statistics")
+    with pytest.raises(InputError, match="The recovery step 'adaround' needs more than a plan and its statistics"):
+        bare.require_samples("adaround")
+    without = replace(bare, means=Means(None, "reader", (), tmp_path))
+    with pytest.raises(InputError, match="'adaround' runs the calibration samples, and only their statistics were giv"):
+        without.require_samples("adaround")

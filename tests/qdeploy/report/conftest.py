@@ -24,6 +24,10 @@ def report() -> schema.Report:
         cosine=0.9995,
         sqnr_db=31.25,
         max_abs_error=0.125,
+        outputs={
+            "logits": schema.Output(sqnr_db=31.25, cosine=0.9995, max_abs_error=0.125, equal=0.5),
+            "count": schema.Output(equal=1.0),
+        },
         evaluation_samples=450,
         latency_ms=schema.Latency(p50=0.25, p90=0.3, p99=0.4, runs=100),
         baseline_latency_ms=schema.Latency(p50=0.5, p90=0.6, p99=0.75, runs=100),

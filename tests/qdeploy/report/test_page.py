@@ -45,6 +45,7 @@ def test_the_page_says_what_the_report_says(report, layers):
         "mse, 200 samples",
         "p50 0.25 ms, p90 0.3 ms, p99 0.4 ms, 100 runs",
         "[1.90, 2.10]",
+        *("logits", "31.2 dB", "0.999500", "0.125", "50.00 %", "count", "100.00 %"),
         "tensorrt is not installed.",
         "The module was float16.",
         "2 layers",

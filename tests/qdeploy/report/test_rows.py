@@ -33,7 +33,7 @@ def test_accuracy_is_that_of_the_first_output():
 
     fields = rows.accuracy_fields(comparison)
 
-    x, y = X.astype(np.float64), Y.astype(np.float64)
+    x, y, z = (array.astype(np.float64) for array in (X, Y, X + 1))
     assert fields == {
         "metric": 0.866667,
         "drop": 0.033333,
@@ -42,6 +42,20 @@ def test_accuracy_is_that_of_the_first_output():
         "cosine": pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6),
         "sqnr_db": pytest.approx(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()), abs=1e-6),
         "max_abs_error": pytest.approx(np.abs(x - y).max(), abs=1e-6),
+        "outputs": {
+            "y": schema.Output(
+                sqnr_db=fields["sqnr_db"],
+                cosine=fields["cosine"],
+                max_abs_error=fields["max_abs_error"],
+                equal=round((X == Y).mean(), 6),
+            ),
+            "z": schema.Output(
+                sqnr_db=round(10 * np.log10((x**2).sum() / ((x - z) ** 2).sum()), 6),
+                cosine=round((x * z).sum() / np.linalg.norm(x) / np.linalg.norm(z), 6),
+                max_abs_error=round(np.abs(x - z).max(), 6),
+                equal=0.0,
+            ),
+        },
         "evaluation_samples": 30,
     }
     assert schema.Target(target="t", precision="int8", status="pass", **fields).drop == 0.033333

@@ -115,7 +115,7 @@ def test_a_file_cut_short_is_named(folder):
 def test_pickles_are_refused(folder):
     np.save(folder / "a.npy", np.array([{}], object), allow_pickle=True)
 
-    with pytest.raises(InputError, match=r"a\.npy cannot be read: Object arrays cannot be loaded"):
+    with pytest.raises(InputError, match=r"a\.npy cannot be read: it holds Python objects or no array"):
         list(opened(folder))
 
 

@@ -79,6 +79,17 @@ def test_images_of_another_shape_point_to_the_preprocessing():
         list(checked(images, (IMAGE,)))
 
 
+def test_texts_of_another_length_are_told_of_open_dimensions():
+    tokens = TensorSpec("input_ids", "int64", ("batch", 16))
+
+    with pytest.raises(
+        InputError, match=r"takes 16 at dimension 1.* exported with a name: --input 'input_ids=int64\[batch,n1\]'"
+    ):
+        list(checked(source(Sample({"input_ids": np.ones((1, 11), np.int64)})), (tokens,)))
+    with pytest.raises(InputError, match=r"takes 2 dimensions.* batch included\.$"):
+        list(checked(source(Sample({"input_ids": np.ones(11, np.int64)})), (tokens,)))
+
+
 def test_labels_of_another_length_than_the_batch():
     with pytest.raises(InputError) as caught:
         list(checked(source(Sample({"image": X}, np.array([1, 2, 3]))), (IMAGE,)))

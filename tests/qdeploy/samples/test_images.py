@@ -131,12 +131,18 @@ def test_a_folder_without_images_is_refused(folder):
         opened(folder)
 
 
-@pytest.mark.parametrize("damage", [lambda _: b"text", lambda content: content[:45]], ids=["no image", "cut short"])
-def test_a_file_that_cannot_be_decoded_is_named(folder, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda _: b"text", r"The file .*photos/b\.png is no image of a known format\. Mend or remove it\."),
+        (lambda content: content[:45], r"The image .*photos/b\.png cannot be decoded: .* Mend or remove it\."),
+    ],
+)
+def test_a_file_that_cannot_be_decoded_is_named(folder, damage, message):
     draw(folder, "a.png", "b.png")
     (folder / "b.png").write_bytes(damage((folder / "b.png").read_bytes()))
 
-    with pytest.raises(InputError, match=r"The image .*photos/b\.png cannot be decoded: .* Mend or remove it\."):
+    with pytest.raises(InputError, match=message):
         list(opened(folder))
 
 

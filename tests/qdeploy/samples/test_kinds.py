@@ -27,6 +27,7 @@ def test_settings_become_the_kind_that_they_are_of(text):
     [
         ("tokenizer=t crop=3", r"Tokenization has no setting 'crop'\."),
         ("rate=3 crop=3 length=4", r"Windowing has no setting 'crop'\."),
+        ("max_length=8 pairs=apart", r"The tokenization names no tokenizer\."),
         ("length=3", r"Preprocessing has no setting 'length'\."),
     ],
 )

@@ -141,16 +141,18 @@ def test_settings_have_no_hold_on_a_tokenizer_of_the_users(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", r"There is no tokenizer nowhere\. Give a tokenizer\.json, a folder"),
+        ("nowhere", r"There is no tokenizer nowhere\. Give a tokenizer\.json, a folder .*; nothing is downloaded\."),
         ("nowhere.json", r"There is no file nowhere\.json\."),
-        ("empty", r"There is no file empty/tokenizer\.json\."),
+        ("empty", r"There is no file empty/tokenizer\.json\. .* tokenizer\.save_pretrained\(FOLDER\) writes it\."),
+        ("vocab.txt", r"The file vocab\.txt is no tokenizer\.json\. Give a tokenizer\.json, a folder"),
         ("text.json", r"The tokenizer text\.json cannot be read: .*\. Write it with save_pretrained\."),
     ],
 )
 def test_a_tokenizer_that_is_none_is_refused(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text.json").write_text("no tokenizer")
+    for name_of_file in ("text.json", "vocab.txt"):
+        (tmp_path / name_of_file).write_text("no tokenizer")
 
     with pytest.raises(InputError, match=message):
         Tokenization(name).encoder()

@@ -1,0 +1,1 @@
+"""Core ML: ONNX → MIL → a saved .mlpackage, read back and checked."""

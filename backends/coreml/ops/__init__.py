@@ -1,0 +1,1 @@
+"""One small handler an operator, in files by family."""

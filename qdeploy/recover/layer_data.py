@@ -1,0 +1,138 @@
+"""What the steps share that look at one layer after another: the network so far, and what flows through it.
+
+A layer deep in the network sees what the rounding before it has left of its input. To know it exactly, the samples
+would have to be run once for each layer. Layers are taken in blocks instead, one pass over the samples for each: a
+layer sees the blocks before its own as they will be, and its own block with exact weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from qdeploy import graph as questions
+from qdeploy.affine import Affine, fake_quantize
+from qdeploy.backend import input_arrays
+from qdeploy.errors import InputError
+from qdeploy.plan import QuantPlan
+from qdeploy.quantize.static import replace_constants
+from qdeploy.samples.source import Sample
+from qdeploy.session import open_session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PASSES = 12
+"""Most passes over the samples that a step makes: with no more layers than this, each is a block of its own."""
+
+
+def weighted_nodes(plan: QuantPlan, graph: ir.Model) -> list[ir.Node]:
+    """The nodes whose constant weight the plan rounds, in graph order."""
+    return [
+        node
+        for node in graph.graph
+        if questions.weight_of(node) is not None
+        and plan.nodes[str(node.name)].quantized
+        and questions.name_of(node.inputs[1]) in plan.weights
+    ]
+
+
+def blocks(nodes: Sequence[ir.Node]) -> list[Sequence[ir.Node]]:
+    """The nodes in order, cut into at most `PASSES` blocks of nearly equal length."""
+    count = min(PASSES, len(nodes))
+    edges = [len(nodes) * i // count for i in range(count + 1)] if count else []
+    return [nodes[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def exact_weight(plan: QuantPlan, node: ir.Node) -> NDArray[Any]:
+    """A weighted node's weight before rounding, in its stored layout."""
+    return exact_constant(plan, node.inputs[1])
+
+
+def exact_constant(plan: QuantPlan, value: ir.Value) -> NDArray[Any]:
+    """What an initializer holds before rounding."""
+    array = plan.replaced.get(questions.name_of(value), questions.constant(value))
+    assert array is not None
+    return array
+
+
+def simulate(plan: QuantPlan, exact: AbstractSet[str] = frozenset()) -> ir.Model:
+    """The float graph with every quantized tensor on its grid: the numbers of the quantized model, in float operators.
+
+    x ─► Conv(W) ─► y        becomes        x ─► Q ─► DQ ─► Conv(Ŵ) ─► y' ─► Q ─► DQ ─► y
+
+    Args:
+        plan: What is quantized, and how.
+        exact: Names of weights that are not rounded.
+    """
+    graph = questions.load_graph(plan.model.path)
+    constants = graph.graph.initializers
+    rounded = {
+        name: fake_quantize(exact_constant(plan, constants[name]), affine)
+        for name, affine in plan.weights.items()
+        if name not in exact
+    }
+    replace_constants(graph, replace(plan, replaced={**plan.replaced, **rounded}))
+    values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
+    for name, affine in plan.activations.items():
+        _put_on_grid(graph, values[name], affine)
+    return graph
+
+
+def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
+    """x ─► …        becomes        x' ─► Q ─► DQ ─► x ─► …        where a graph input keeps its own name instead."""
+    import onnx_ir as ir
+
+    name = questions.name_of(value)
+    grid = [ir.val(f"{name}/{part}", const_value=ir.tensor(array, name=f"{name}/{part}")) for part, array in
+            (("scale", affine.scale), ("zero_point", affine.zero_point))]
+    for constant in grid:
+        graph.graph.register_initializer(constant)
+    quantize = ir.node("QuantizeLinear", [value, *grid], name=f"{name}/quantize")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *grid], name=f"{name}/dequantize")
+    quantize.outputs[0].name = f"{name}/integers"
+    result = dequantize.outputs[0]
+    result.type, result.shape = value.type, value.shape
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+    quantize.replace_input_with(0, value)
+    if value.is_graph_input():
+        result.name = f"{name}/quantized"
+    else:
+        value.name, result.name = f"{name}/exact", name
+    graph.graph.extend([quantize, dequantize])
+    graph.graph.sort()
+
+
+class Probe:
+    """Runs samples through a graph and gives tensors from inside it.
+
+    Args:
+        path: The graph's file.
+        names: The tensors to give; graph inputs and outputs may be among them.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        graph = questions.load_graph(path).graph
+        self._inputs = {str(value.name) for value in graph.inputs}
+        self._names = [name for name in dict.fromkeys(names) if name not in self._inputs]
+        outputs = {str(value.name) for value in graph.outputs}
+        inner = [name for name in self._names if name not in outputs]
+        self._session = open_session(path, graph_level="basic", observed=inner)
+
+    def __call__(self, sample: Sample) -> dict[str, NDArray[Any]]:
+        """The tensors by name, the graph's inputs among them.
+
+        Raises:
+            InputError: The model fails on the sample.
+        """
+        inputs = input_arrays(sample.inputs)
+        try:
+            found = self._session.run(self._names, inputs)
+        except Exception as error:  # ORT raises a different class for each of its status codes
+            raise InputError(f"The model fails on {sample.origin}: {str(error).strip()}") from error
+        return {**inputs, **dict(zip(self._names, found, strict=True))}

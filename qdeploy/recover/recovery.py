@@ -1,0 +1,80 @@
+"""What recovery steps work on, and hand from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qdeploy.collect import collect
+from qdeploy.errors import InputError
+from qdeploy.model import FloatModel
+from qdeploy.plan import QuantPlan, plan
+from qdeploy.reader import CalibrationReader
+from qdeploy.samples.source import Sample
+from qdeploy.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a step may use beside the plan and its statistics.
+
+    Attributes:
+        samples: The calibration samples, re-iterable; None where only their statistics are at hand.
+        reader: Chose the plan's ranges, and chooses them anew when a step has changed the float graph.
+        keep: Patterns of the nodes that stay float.
+        folder: Where steps write the float graphs that they change.
+    """
+
+    samples: Iterable[Sample] | None
+    reader: CalibrationReader
+    keep: Sequence[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A plan on its way through the steps.
+
+    Attributes:
+        plan: As far as it is recovered.
+        statistics: Of the plan's model.
+        means: What else there is; None where steps must do with plan and statistics.
+    """
+
+    plan: QuantPlan
+    statistics: Statistics
+    means: Means | None = None
+
+    def require_means(self, step: str) -> Means:
+        """What else there is.
+
+        Raises:
+            InputError: Nothing else was given.
+        """
+        if self.means is None:
+            what = f"The recovery step {step!r} needs more than a plan and its statistics."
+            raise InputError(what, "Give recover(…, means=Means(samples, reader, keep, folder)).")
+        return self.means
+
+    def require_samples(self, step: str) -> Iterable[Sample]:
+        """The calibration samples.
+
+        Raises:
+            InputError: They are not at hand.
+        """
+        samples = self.require_means(step).samples
+        if samples is None:
+            what = f"The recovery step {step!r} runs the calibration samples, and only their statistics were given."
+            raise InputError(what, "Give --calibration DATA, with or without --statistics.")
+        return samples
+
+    def on_changed(self, model: FloatModel, step: str) -> Recovery:
+        """The recovery on a float graph that a step has changed: activations differ, so they are counted anew.
+
+        Steps taken before stay in the record; what they put into the plan belonged to the graph before, and is gone.
+        """
+        means = self.require_means(step)
+        statistics = collect(model, self.require_samples(step))
+        again = plan(model, statistics, self.plan.contract, means.reader, means.keep)
+        return replace(self, plan=replace(again, steps=(*self.plan.steps, step)), statistics=statistics)

@@ -1,0 +1,288 @@
+"""Every way in which other tools' QDQ models fail on TensorRT: the lint names the nodes before any build.
+
+Each trap is tried on the builder, too: that it refuses the model, or runs it in float without a word.
+"""
+
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qdeploy.backends.trt.backend import TensorRT
+from qdeploy.backends.trt.build import build
+from qdeploy.backends.trt.contract import Options
+from qdeploy.backends.trt.layer_log import layers
+from qdeploy.backends.trt.library import library
+from qdeploy.errors import UnavailableError
+from qdeploy.graph import load_graph
+from qdeploy.quantize.lint import lint
+
+needs_builder = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX")
+
+WEIGHTS = {"Conv": (8, 8, 3, 3), "ConvTranspose": (8, 8, 3, 3), "Gemm": (8, 8), "MatMul": (8, 8)}
+
+
+class Net:
+    """A QDQ model in the making: nodes in order, and constants."""
+
+    def __init__(self):
+        self.nodes, self.constants = [], []
+
+    def constant(self, name, array):
+        self.constants.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def node(self, op_type, inputs, name, **attributes):
+        self.nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
+        return name
+
+    def pair(self, value, *, dtype=np.int8, zero=0, scale=0.05, kind=np.float32):
+        scale = self.constant(f"{value}_scale", kind(scale))
+        zero = self.constant(f"{value}_zero", dtype(zero))
+        self.node("QuantizeLinear", [value, scale, zero], f"{value}_q")
+        return self.node("DequantizeLinear", [f"{value}_q", scale, zero], f"{value}_dq")
+
+    def stored(self, name, shape, *, axis=0, dtype=np.int8, zero=0, kind=np.float32):
+        rng = np.random.default_rng(0)
+        self.constant(f"{name}_int", rng.integers(1, 100, shape).astype(dtype))
+        count = [] if axis is None else [shape[axis]]
+        self.constant(f"{name}_scale", (np.linspace(0.01, 0.02, *count) if count else np.array(0.01)).astype(kind))
+        self.constant(f"{name}_zero", np.full(count, zero, dtype))
+        attributes = {} if axis is None else {"axis": axis}
+        inputs = [f"{name}_{part}" for part in ("int", "scale", "zero")]
+        return self.node("DequantizeLinear", inputs, f"{name}_dq", **attributes)
+
+    def save(self, path, *, shape=(2, 8, 8, 8), opset=20, output="y"):
+        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", shape), (output, None)))
+        graph = helper.make_graph(self.nodes, "net", [x], [y], self.constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        onnx.save(onnx.shape_inference.infer_shapes(model), path)
+        return path
+
+
+def product(op_type, path, *, act=None, weight=None, bias=None, cast=False, opset=20, **attributes):
+    """x ─► Q ─► DQ ─► operator(DQ'd weight) ─► y, with something wrong."""
+    net = Net()
+    x = net.pair("x", **(act or {}))
+    w = net.stored("w", WEIGHTS[op_type], **(weight or {}))
+    if cast:
+        w = net.node("Cast", [w], "w_cast16", to=TensorProto.FLOAT16)
+        w = net.node("Cast", [w], "w_cast32", to=TensorProto.FLOAT)
+    inputs = [x, w]
+    if bias == "int32":
+        net.constant("b_int", np.arange(8, dtype=np.int32))
+        net.constant("b_scale", np.full(8, 0.0005, np.float32))
+        inputs.append(net.node("DequantizeLinear", ["b_int", "b_scale"], "b_dq", axis=0))
+    net.node(op_type, inputs, "y", **attributes)
+    shape = (2, 8, 8, 8) if op_type.startswith("Conv") else (2, 8)
+    return net.save(path, shape=shape, opset=opset)
+
+
+def lint_of(path, precision="int8"):
+    return lint(load_graph(path), TensorRT().contract(precision, Options()))
+
+
+def said(path, precision="int8"):
+    """What the lint says, by node; every word of it comes with a reason and a cure."""
+    found = lint_of(path, precision)
+    assert all(v.reason.endswith(".") and v.cure.endswith(".") for v in found)
+    return {v.node: v.what for v in found}
+
+
+def refused(path):
+    with pytest.raises(UnavailableError) as caught:
+        build(library(), path, {}, Options(arch=("sm89",)))
+    assert "catchCudaError" not in str(caught.value)
+    return str(caught.value)
+
+
+def precision_of(path, node="y"):
+    log = build(library(), path, {}, Options(arch=("sm89",))).layer_log
+    return {layer.node: layer.precision for layer in layers(log, load_graph(path))}[node]
+
+
+SOUND = [
+    ("Conv", {}, {}),
+    ("Gemm", {"weight": {"axis": 1}}, {}),
+    ("Gemm", {"weight": {"axis": 0}}, {"transB": 1}),
+    ("MatMul", {"weight": {"axis": 1}}, {}),
+    ("Conv", {"weight": {"axis": None}}, {}),
+    *(("Conv", {"opset": opset}, {}) for opset in (13, 17, 21, 25)),
+]
+
+
+@pytest.mark.parametrize(("op_type", "changes", "attributes"), SOUND)
+def test_a_sound_model_keeps_the_contract(op_type, changes, attributes, tmp_path):
+    path = product(op_type, tmp_path / "m.onnx", **changes, **attributes)
+
+    assert said(path) == {}
+
+
+@needs_builder
+@pytest.mark.parametrize(("op_type", "changes", "attributes"), SOUND)
+def test_a_sound_model_runs_in_integers(op_type, changes, attributes, tmp_path):
+    path = product(op_type, tmp_path / "m.onnx", **changes, **attributes)
+
+    assert precision_of(path) == "int8"
+
+
+REFUSED = {
+    "an int32 bias": ("Conv", {"bias": "int32"}, {"y": "its bias ('b_dq') is int32; tensorrt takes it as float"}),
+    "unsigned activations": (
+        "Conv",
+        {"act": {"dtype": np.uint8, "zero": 128}},
+        {"y": "input 0 ('x_dq') is stored as uint8 symmetric per-tensor; tensorrt takes int8 symmetric per-tensor"},
+    ),
+    "a zero point": (
+        "Conv",
+        {"act": {"zero": 3}},
+        {"y": "input 0 ('x_dq') is stored as int8 asymmetric per-tensor; tensorrt takes int8 symmetric per-tensor"},
+    ),
+    "a weight's zero point": ("Conv", {"weight": {"zero": 3}}, {"y": "is stored as int8 asymmetric"}),
+    "unsigned weights": ("Conv", {"weight": {"dtype": np.uint8, "zero": 128}}, {"y": "is stored as uint8"}),
+    "16-bit activations": ("Conv", {"act": {"dtype": np.int16}, "opset": 21}, {"y": "is stored as int16 symmetric"}),
+}
+
+
+@pytest.mark.parametrize(("op_type", "changes", "expected"), REFUSED.values(), ids=REFUSED)
+def test_what_the_parser_refuses_is_named(op_type, changes, expected, tmp_path):
+    path = product(op_type, tmp_path / "m.onnx", **changes)
+    found = said(path)
+
+    assert found.keys() == expected.keys()
+    assert all(expected[node] in what for node, what in found.items())
+
+
+@needs_builder
+@pytest.mark.parametrize(("op_type", "changes", "expected"), REFUSED.values(), ids=REFUSED)
+def test_the_parser_does_refuse_it(op_type, changes, expected, tmp_path):
+    text = refused(product(op_type, tmp_path / "m.onnx", **changes))
+
+    assert "cannot read m.onnx: " in text
+    assert text.endswith("qdeploy inspect --target tensorrt names every such node.")
+
+
+SILENT = {
+    "MatMul along its inputs": ("MatMul", {"weight": {"axis": 0}}, {}, {"y"}),
+    "Conv along its inputs": ("Conv", {"weight": {"axis": 1}}, {}, {"y"}),
+    "Gemm along its inputs": ("Gemm", {"weight": {"axis": 0}}, {}, {"y"}),
+    "ConvTranspose": ("ConvTranspose", {"weight": {"axis": 1}}, {}, {"y"}),
+    "Casts between": ("MatMul", {"weight": {"axis": 1}, "cast": True}, {}, {"w_cast16", "w_cast32"}),
+}
+
+
+@pytest.mark.parametrize(("op_type", "changes", "attributes", "nodes"), SILENT.values(), ids=SILENT)
+def test_what_would_run_in_float_without_a_word_is_named(op_type, changes, attributes, nodes, tmp_path):
+    path = product(op_type, tmp_path / "m.onnx", **changes, **attributes)
+
+    assert nodes & said(path).keys()
+
+
+@needs_builder
+@pytest.mark.parametrize(("op_type", "changes", "attributes", "nodes"), SILENT.values(), ids=SILENT)
+def test_the_builder_does_run_it_in_float(op_type, changes, attributes, nodes, tmp_path):
+    path = product(op_type, tmp_path / "m.onnx", **changes, **attributes)
+
+    assert precision_of(path) == "fp32"
+
+
+def test_every_offending_node_is_named_not_the_first_alone(tmp_path):
+    net, value = Net(), "x"
+    for index in range(3):
+        net.pair(value, dtype=np.uint8, zero=128)
+        weight = net.stored(f"w{index}", WEIGHTS["Conv"])
+        value = net.node("Conv", [f"{value}_dq", weight], f"conv{index}", pads=[1, 1, 1, 1])
+    net.pair("conv2", dtype=np.uint8, zero=128)
+
+    found = said(net.save(tmp_path / "m.onnx", output="conv2_dq"))
+
+    assert set(found) == {"conv0", "conv1", "conv2", "conv2_dq"}
+    assert found["conv2_dq"] == "'conv2_q' is stored as uint8 symmetric per-tensor; tensorrt takes int8 symmetric"
+
+
+def test_pairs_around_other_operators_are_checked_too(tmp_path):
+    net = Net()
+    net.pair("x", dtype=np.uint8)
+    net.node("Relu", ["x_dq"], "y")
+
+    assert list(said(net.save(tmp_path / "m.onnx"))) == ["x_dq"]
+
+
+def test_a_quantized_constant_of_a_float_operator_is_named(tmp_path):
+    net = Net()
+    net.node("Mul", [net.pair("x"), net.stored("factor", (), axis=None)], "y")
+
+    found = said(net.save(tmp_path / "m.onnx"))
+
+    assert found == {"y": "it runs in float, but its constant 'factor_dq' is stored as integers"}
+
+
+def test_a_quantization_without_a_zero_point_means_two_things(tmp_path):
+    net = Net()
+    net.node("QuantizeLinear", ["x", net.constant("s", np.float32(0.1))], "x_q")
+    net.node("DequantizeLinear", ["x_q", "s"], "y")
+
+    found = said(net.save(tmp_path / "m.onnx"))
+
+    assert found["x_q"].startswith("it has no zero point, so it means uint8 to ONNX and int8 to the target")
+
+
+def test_a_scale_of_another_type_than_its_tensor_is_named(tmp_path):
+    net = Net()
+    net.node("Cast", ["x"], "half", to=TensorProto.FLOAT16)
+    net.pair("half")
+    net.node("MatMul", ["half_dq", net.stored("w", (8, 8), axis=1)], "y")
+
+    path = net.save(tmp_path / "m.onnx", shape=(2, 8))
+
+    assert said(path, "int8-fp16") == {"half_q": "its scale is FLOAT, and what it quantizes is FLOAT16"}
+
+
+@pytest.mark.parametrize("op_type", ["QLinearConv", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"])
+def test_operators_on_integers_are_named(op_type, tmp_path):
+    net = Net()
+    net.node(op_type, ["x"], "y")
+    graph = helper.make_graph(net.nodes, "net", [helper.make_tensor_value_info("x", 1, (2, 8))], [])
+    graph.output.append(helper.make_tensor_value_info("y", 1, (2, 8)))
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+
+    assert said(path) == {
+        "y": "not QDQ: it computes on integers itself; tensorrt takes float operators between QDQ pairs"
+    }
+
+
+def test_an_old_opset_is_named(tmp_path):
+    path = product("Conv", tmp_path / "m.onnx", opset=13)
+
+    assert said(path) == {}
+    assert said(path, "int8-fp16") == {"": "the model has opset 13; tensorrt takes 19 to 25"}
+
+
+def test_what_onnx_runtime_writes_by_default_is_refused_node_by_node(tmp_path):
+    """quantize_static with everything at its default: int32 biases and, asked for, unsigned activations."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.rest = iter([{"x": np.random.default_rng(0).standard_normal((2, 8, 8, 8)).astype(np.float32)}])
+
+        def get_next(self):
+            return next(self.rest, None)
+
+    rng, net = np.random.default_rng(0), Net()
+    for name, source in (("first", "x"), ("second", "first")):
+        weight = net.constant(f"{name}_w", rng.standard_normal((8, 8, 3, 3)).astype(np.float32))
+        net.node("Conv", [source, weight, net.constant(f"{name}_b", np.ones(8, np.float32))], name, pads=[1] * 4)
+    float_model = net.save(tmp_path / "float.onnx", output="second")
+    for kind in (QuantType.QUInt8, QuantType.QInt8):
+        path = tmp_path / f"{kind}.onnx"
+        quantize_static(float_model, path, Reader(), activation_type=kind)
+
+        whats = [(v.node, v.what) for v in lint_of(path)]
+
+        for node in ("first", "second"):
+            assert any(n == node and "its bias" in what and "is int32" in what for n, what in whats)
+            assert any(n == node and "asymmetric" in what for n, what in whats)

@@ -1,0 +1,71 @@
+"""The ladder, on plans that are sets of steps and scores that are looked up."""
+
+import pytest
+
+from qdeploy.errors import InputError
+from qdeploy.ladder import Score, climb
+
+SCORES = {
+    "": Score(0.08, 6.0),
+    "a": Score(0.02, 10.0),
+    "ab": Score(0.03, 11.0),
+    "ac": Score(0.02, 10.05),
+    "ad": Score(0.02, 12.0),
+    "ade": Score(0.004, 20.0),
+}
+
+
+def search(steps, budget, scores=SCORES):
+    measured = []
+
+    def measure(rung):
+        measured.append(rung)
+        return scores[rung]
+
+    def take(rung, step):
+        if step == "x":
+            raise InputError("It needs samples.", "Give some.")
+        return rung + step
+
+    return climb("", steps, take, measure, budget), measured
+
+
+@pytest.mark.parametrize(
+    ("budget", "best", "tried"),
+    [
+        (0.08, "", [""]),
+        (0.05, "a", ["", "a"]),
+        (0.02, "a", ["", "a"]),
+        (0.005, "ade", ["", "a", "ab", "ac", "ad", "ade"]),
+        (0.0, "ade", ["", "a", "ab", "ac", "ad", "ade"]),
+    ],
+)
+def test_stops_within_the_budget_and_takes_back_what_did_not_help(budget, best, tried):
+    found, measured = search("abcde", budget)
+
+    assert found.best == best
+    assert measured == tried
+    assert found.within_budget == (SCORES[best].drop <= budget)
+    assert [(each.step, each.kept) for each in found.attempts if each.step] == [
+        (rung[-1], rung in {"a", "ad", "ade"}) for rung in tried if rung
+    ]
+
+
+def test_a_step_that_cannot_be_taken_is_recorded_with_its_reason():
+    found, measured = search("xa", 0.05)
+
+    assert measured == ["", "a"]
+    refused = found.attempts[1]
+    assert (refused.step, refused.score, refused.kept, refused.reason) == (
+        "x",
+        None,
+        False,
+        "It needs samples. Give some.",
+    )
+    assert found.within_budget
+
+
+def test_a_gain_that_only_the_search_samples_suggest_does_not_count():
+    assert not Score(0.02, 10.05).beats(Score(0.02, 10.0))
+    assert Score(0.02, 10.2).beats(Score(0.02, 10.0))
+    assert not Score(0.021, 30.0).beats(Score(0.02, 10.0))
