@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from qdeploy.session import GraphLevel, SessionRunner, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from numpy.typing import NDArray
 
 ACTIVATION = Scheme(IntegerType(8, signed=False), symmetric=False)
 """Unsigned: ORT convolves signed activations at half the speed on x86. Its MatMul takes either, equally fast."""
@@ -255,7 +254,8 @@ def _has_uneven_rows(node: ir.Node) -> bool:
         return False
     reads_input = quantize.inputs[0] is not None and quantize.inputs[0].is_graph_input()
     positions, summands = math.prod(weight.shape[2:]), math.prod(weight.shape[1:])
-    return reads_input and scheme.symmetric and positions <= WIDEST and summands % 4 != 0
+    own = questions.sole_consumer(node.inputs[1]) and questions.sole_consumer(node.inputs[1].producer().inputs[0])
+    return bool(own) and reads_input and scheme.symmetric and positions <= WIDEST and summands % 4 != 0
 
 
 def _widen(node: ir.Node) -> None:
@@ -266,28 +266,25 @@ def _widen(node: ir.Node) -> None:
     import onnx_ir as ir
 
     graph = node.graph
-    image, weight = (value.producer() for value in node.inputs[:2])
+    quantized, scale, zero_point = node.inputs[0].producer().inputs
+    stored = node.inputs[1].producer().inputs[0]
+    integers = stored.const_value.numpy()
+    widths = np.zeros((integers.ndim, 2), np.int64)
+    widths[1, 1] = -integers.shape[1] % 4
 
-    def insert(op_type: str, inputs: list[ir.Value | None], part: str, axis: int | None = None) -> ir.Value:
-        new = ir.node(op_type, inputs, {} if axis is None else {"axis": axis}, name=f"{node.name}/{part}")
-        new.outputs[0].name = new.name
+    def insert(op_type: str, inputs: list[ir.Value], part: str, dtype: ir.DataType) -> ir.Value:
+        new = ir.node(op_type, inputs, name=f"{node.name}/{part}")
+        new.outputs[0].name, new.outputs[0].type = new.name, ir.TensorType(dtype)
         graph.insert_before(node, new)
         return new.outputs[0]
 
-    def constant(array: NDArray[Any], part: str) -> ir.Value:
-        value = ir.val(f"{node.name}/{part}", const_value=ir.tensor(array, name=f"{node.name}/{part}"))
-        graph.register_initializer(value)
-        return value
-
-    integers = questions.weight_of(node)
-    assert integers is not None
-    widths = np.zeros((integers.ndim, 2), np.int64)
-    widths[1, 1] = -integers.shape[1] % 4
-    quantized, *image_grid = image.inputs
-    padded = insert("Pad", [quantized, constant(widths.T.ravel(), "widths"), image_grid[1]], "wide")
-    node.replace_input_with(0, insert("DequantizeLinear", [padded, *image_grid], "dequantized"))
-    wide = constant(np.pad(integers, widths), "weight")
-    node.replace_input_with(1, insert("DequantizeLinear", [wide, *weight.inputs[1:]], "weight_dequantized", axis=0))
+    name = f"{node.name}/widths"
+    pads = ir.val(name, const_value=ir.tensor(widths.T.ravel(), name=name))
+    graph.register_initializer(pads)
+    padded = insert("Pad", [quantized, pads, zero_point], "wide", zero_point.dtype)
+    node.replace_input_with(0, insert("DequantizeLinear", [padded, scale, zero_point], "dequantized", scale.dtype))
+    stored.const_value = ir.tensor(np.pad(integers, widths), name=stored.name)
+    stored.shape, node.inputs[1].shape = stored.const_value.shape, None
 
 
 @dataclass(frozen=True)

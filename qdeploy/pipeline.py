@@ -311,7 +311,7 @@ def _violations(quantized: QuantizedModel, artifact: Artifact) -> tuple[str, ...
     for layer in artifact.layers:
         if layer.node in quantized.quantized_nodes and layer.precision in ("fp32", "fp16"):
             rule = matching_rule(contract, nodes[layer.node], frozenset())
-            why = f", against its rule: {rule.reason}" if rule and rule.quantizes else ""
+            why = f"; the rule: {rule.reason}" if rule and rule.quantizes else ""
             broken.append(f"{layer.node} ({layer.op_type}) was asked to be int8 and became {layer.precision}{why}")
     return tuple(broken)
 

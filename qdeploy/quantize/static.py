@@ -34,7 +34,7 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     import onnx_ir.passes.common as passes
 
     graph = questions.load_graph(plan.model.path)
-    _replace_constants(graph, plan)
+    replace_constants(graph, plan)
     _absorb_activations(graph, plan)
     quantized_nodes = [str(n.name) for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
     whole = ir.to_proto(ir.external_data.load_to_model(graph))  # ORT looks for external data in the current folder
@@ -46,7 +46,7 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     return write(graph, plan.model, plan.contract, quantized_nodes, directory)
 
 
-def _replace_constants(graph: ir.Model, plan: QuantPlan) -> None:
+def replace_constants(graph: ir.Model, plan: QuantPlan) -> None:
     """Put the weights and biases that recovery steps changed in place."""
     import onnx_ir as ir
 

@@ -7,7 +7,7 @@ layer sees the blocks before its own as they will be, and its own block with exa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from qdeploy.errors import InputError
 from qdeploy.plan import QuantPlan
 from qdeploy.quantize.static import replace_constants
 from qdeploy.samples.source import Sample
-from qdeploy.session import open_session
+from qdeploy.session import GraphLevel, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -81,6 +81,7 @@ def simulate(plan: QuantPlan, exact: AbstractSet[str] = frozenset()) -> ir.Model
     values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
     for name, affine in plan.activations.items():
         _put_on_grid(graph, values[name], affine)
+    graph.graph.sort()
     return graph
 
 
@@ -105,34 +106,42 @@ def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
     else:
         value.name, result.name = f"{name}/exact", name
     graph.graph.extend([quantize, dequantize])
-    graph.graph.sort()
 
 
 class Probe:
-    """Runs samples through a graph and gives tensors from inside it.
+    """Runs samples through the part of a graph that some of its tensors need, and gives these.
+
+    ONNX Runtime must not optimize a simulation: it rounds float weights between pairs by itself, one scale a tensor.
 
     Args:
-        path: The graph's file.
-        names: The tensors to give; graph inputs and outputs may be among them.
+        graph: A float graph or a simulation; it is cut off behind the tensors.
+        names: The tensors to give; graph inputs may be among them.
+        path: Where the cut graph is written.
+        graph_level: How far ONNX Runtime may rewrite it.
     """
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        graph = questions.load_graph(path).graph
-        self._inputs = {str(value.name) for value in graph.inputs}
-        self._names = [name for name in dict.fromkeys(names) if name not in self._inputs]
-        outputs = {str(value.name) for value in graph.outputs}
-        inner = [name for name in self._names if name not in outputs]
-        self._session = open_session(path, graph_level="basic", observed=inner)
+    def __init__(self, graph: ir.Model, names: Iterable[str], path: Path, graph_level: GraphLevel = "disable") -> None:
+        import onnx_ir.passes.common as passes
+
+        values = {questions.name_of(value): value for node in graph.graph for value in node.outputs}
+        self._names = [name for name in dict.fromkeys(names) if name in values]
+        graph.graph.outputs[:] = [values[name] for name in self._names]
+        passes.RemoveUnusedNodesPass()(graph)
+        questions.save_graph(graph, path)
+        self._taken = [str(value.name) for value in graph.graph.inputs]
+        self._session = open_session(path, graph_level=graph_level)
 
     def __call__(self, sample: Sample) -> dict[str, NDArray[Any]]:
-        """The tensors by name, the graph's inputs among them.
+        """The tensors by name, and the sample's own.
 
         Raises:
             InputError: The model fails on the sample.
         """
         inputs = input_arrays(sample.inputs)
+        if not self._names:
+            return inputs
         try:
-            found = self._session.run(self._names, inputs)
+            found = self._session.run(self._names, {name: inputs[name] for name in self._taken})
         except Exception as error:  # ORT raises a different class for each of its status codes
             raise InputError(f"The model fails on {sample.origin}: {str(error).strip()}") from error
         return {**inputs, **dict(zip(self._names, found, strict=True))}

@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("qdeploy", "onnx", "onnxruntime", "onnxscript", "numpy", "torch")
+PACKAGES = ("qdeploy", "onnx", "onnxruntime", "onnxscript", "numpy", "torch", "tensorrt", "tensorrt-rtx")
 
 
 def environment() -> dict[str, str]:

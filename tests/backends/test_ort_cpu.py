@@ -362,10 +362,11 @@ def test_other_first_convolutions_are_written_as_they_are(kernel, weight, shape,
 
 
 def test_widening_leaves_other_readers_of_the_input_alone(tmp_path):
-    text = """net (float[1,3,8,8] x) => (float a, float b, float c) <float[8,3,3,3] w, float[4,3,4,4] v> {
+    text = """net (float[1,3,8,8] x) => (float a, float b, float c)
+    <float[8,3,3,3] w, float[4,3,4,4] v, float[4,3,3,3] v2> {
         [a] a = Conv (x, w)
         [b] b = Conv (x, v)
-        [c] s = Conv (x, w)
+        [c] s = Conv (x, v2)
         [r] c = Relu (s)
     }"""
     quantized, artifact = lowered(text, tmp_path)
@@ -374,3 +375,13 @@ def test_widening_leaves_other_readers_of_the_input_alone(tmp_path):
     plain, wide = outputs_of(quantized.path, inputs, "all"), outputs_of(artifact.path, inputs)
     for name in ("a", "b", "c"):
         np.testing.assert_array_equal(wide[name], plain[name])
+
+
+def test_a_weight_that_two_convolutions_share_is_written_as_it_is(tmp_path):
+    text = """net (float[1,3,8,8] x) => (float a, float b) <float[8,3,3,3] w> {
+        [a] a = Conv (x, w)
+        [b] b = Conv <strides=[2,2]> (x, w)
+    }"""
+    quantized, artifact = lowered(text, tmp_path)
+
+    assert artifact.path.read_bytes() == quantized.path.read_bytes()
