@@ -19,7 +19,7 @@ from qdeploy.outcome import Job
 from qdeploy.parity.compare import Comparison, compare
 from qdeploy.parity.harness import FLOAT
 from qdeploy.parity.metrics import metric_from_name
-from qdeploy.pipeline import build, calibration_reader, look_up
+from qdeploy.pipeline import Making, build, calibration_reader, look_up
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
@@ -64,7 +64,7 @@ def _built(
     scratch, bundle = place / "scratch", place / "bundle"
     scratch.mkdir(parents=True)
     bundle.mkdir()
-    return build(job, model, statistics, calibration_reader(reader), (), (scratch, bundle)).subject().runner
+    return build(Making(job, model, statistics, calibration_reader(reader), scratch), bundle).subject().runner
 
 
 def _cells(comparison: Comparison) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from qdeploy.collect import collect
 from qdeploy.model import FloatModel
 from qdeploy.outcome import Job
 from qdeploy.parity.latency import Latency, measure, speedup
-from qdeploy.pipeline import build, calibration_reader, look_up
+from qdeploy.pipeline import Making, build, calibration_reader, look_up
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.samples.source import Sample
 from qdeploy.session import SessionRunner
@@ -55,7 +55,7 @@ def _quantized_by_qdeploy(model: FloatModel, samples: list[Sample], folder: Path
     (job,) = look_up(Recipe(SOURCE, (TargetRequest("ort-cpu", "int8"),)))
     assert isinstance(job, Job)
     statistics = collect(model, samples)
-    return build(job, model, statistics, calibration_reader("mse"), (), (scratch, bundle)).artifact.path
+    return build(Making(job, model, statistics, calibration_reader("mse"), scratch), bundle).artifact.path
 
 
 def _quantized_by_ort(model: FloatModel, samples: list[Sample], folder: Path) -> Path:

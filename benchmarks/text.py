@@ -23,7 +23,7 @@ from qdeploy.model import FloatModel
 from qdeploy.outcome import Built, Job
 from qdeploy.parity.harness import against_float
 from qdeploy.parity.metrics import metric_from_name
-from qdeploy.pipeline import build, calibration_reader, look_up
+from qdeploy.pipeline import Making, build, calibration_reader, look_up
 from qdeploy.prepare import prepare
 from qdeploy.recipe import Given, Recipe, TargetRequest, merged, read_recipe
 from qdeploy.samples.open import open_samples
@@ -94,7 +94,9 @@ def _built(recipe: Recipe, model: FloatModel, samples: SampleSource, folder: Pat
     bundle.mkdir()
     statistics, reader = collect(model, samples), calibration_reader(recipe.reader)
     jobs = [job for job in look_up(recipe) if isinstance(job, Job)]
-    return {job.precision: build(job, model, statistics, reader, (), (scratch, bundle)) for job in jobs}
+    for job in jobs:
+        (scratch / job.folder).mkdir()
+    return {job.precision: build(Making(job, model, statistics, reader, scratch / job.folder), bundle) for job in jobs}
 
 
 def _print_speed(

@@ -139,6 +139,10 @@ class Backend(ABC):
     def contract(self, precision: str, options: Any) -> QuantContract:
         """The target's rules for one of its precisions."""
 
+    def operators(self) -> Mapping[str, str]:
+        """Each ONNX operator that it takes → what it honours of it; empty where it has no list of its own."""
+        return {}
+
     def check(self, model: FloatModel, precision: str, options: Any) -> None:  # noqa: B027 - most targets take any model
         """Refuse, before anything is calibrated, a float model that cannot be built at this precision.
 

@@ -228,6 +228,18 @@ def result_of(node: ir.Node) -> ir.Value:
     return (fused_activation(node) or node).outputs[0]
 
 
+def bounded(value: ir.Value) -> ir.Value:
+    """What a Min with a constant leaves of a value that nothing else reads, or else the value itself.
+
+    The values above the bound need no integers: all that follows sees the bounded ones.
+    """
+    follower = sole_consumer(value)
+    bounds = (
+        follower is not None and follower.op_type == "Min" and holds(Condition.CONSTANT_BOUND, follower, frozenset())
+    )
+    return follower.outputs[0] if follower is not None and bounds else value
+
+
 def real_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
     """Index and value of each computed floating-point input."""
     return [(i, v) for i, v in enumerate(node.inputs) if v is not None and is_real(v) and constant(v) is None]
@@ -311,6 +323,12 @@ def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> b
         case Condition.CONSTANT_BIAS:
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             return bias is None or stored_constant(bias) is not None
+        case Condition.CONSTANT_BOUND:
+            return (
+                len(node.inputs) == 2
+                and constant(node.inputs[0]) is None
+                and stored_constant(node.inputs[1]) is not None
+            )
         case Condition.NEAREST:
             return bool(node.attributes.get_string("mode", "nearest") == "nearest")
         case Condition.BETWEEN_QUANTIZED:

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 from qdeploy.errors import InputError
+from qdeploy.plan import QuantPlan
+from qdeploy.recover.recovery import Recovery
+from qdeploy.recover.steps import RecoveryStep
 
 Rung = TypeVar("Rung")
 """What stands on the ladder: a recovery, as far as steps have brought it."""
+
+CHEAPEST_FIRST = (
+    "bias-correction",
+    "equalization",
+    "smoothquant",
+    "adaround",
+    "bias-correction-empirical",
+    "keep-edges",
+    "mixed-precision",
+)
+"""The order in which steps are tried: those that cost nothing at run time before those that give layers back."""
+
+APPLIED = (
+    "equalization",
+    "smoothquant",
+    "adaround",
+    "bias-correction",
+    "bias-correction-empirical",
+    "keep-edges",
+    "mixed-precision",
+)
+"""The order in which steps are applied: what changes weights before what corrects for their rounding."""
 
 CLEAR_GAIN_DB = 0.1
 """Where two plans lose the same, the one whose outputs are closer to FP32's by this much is better."""
@@ -101,3 +127,25 @@ def climb(
         if helped:
             best, score = candidate, found
     return Climb(best, tuple(attempts), score.drop <= budget)
+
+
+def search(
+    start: Recovery, steps: Mapping[str, RecoveryStep], measure: Callable[[QuantPlan], Score], budget: float
+) -> Climb[tuple[str, ...]]:
+    """The recovery steps that bring a plan within a budget; the best are the names to take, in order.
+
+    A step that is tried joins those that helped so far, and all are applied anew in their own order, so that a bias is
+    corrected for the rounding that the weights have in the end.
+    """
+
+    @cache
+    def applied(names: tuple[str, ...]) -> Recovery:
+        return steps[names[-1]](applied(names[:-1])) if names else start
+
+    def take(names: tuple[str, ...], step: str) -> tuple[str, ...]:
+        joined = tuple(name for name in APPLIED if name in (*names, step))
+        applied(joined)
+        return joined
+
+    tried = [name for name in CHEAPEST_FIRST if name in steps]
+    return climb((), tried, take, lambda names: measure(applied(names).plan), budget)

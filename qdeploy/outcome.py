@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.backend import Artifact, Backend, Evidence
 from qdeploy.bundle.golden import GoldenSample, write_golden
 from qdeploy.export import EagerRunner, LoadedModel
+from qdeploy.ladder import Attempt
 from qdeploy.model import FloatModel, QuantizedModel, copy_model, model_files, size_of_files
 from qdeploy.parity import harness
 from qdeploy.parity.compare import Comparison
@@ -27,7 +28,7 @@ from qdeploy.statistics import Statistics
 
 if TYPE_CHECKING:
     from qdeploy.bundle.manifest import Manifest
-    from qdeploy.report.schema import Reference, Report, Target
+    from qdeploy.report.schema import Reference, Report, Step, Target
 
 
 CALIBRATED_FORMS = (Form.QDQ, Form.QDQ_FLOAT16)
@@ -80,6 +81,8 @@ class Built:
     baseline: Artifact | None
     quantized: QuantizedModel | None
     violations: tuple[str, ...]
+    attempts: tuple[Attempt, ...] = ()
+    """Steps that the ladder tried."""
 
     def subject(self) -> harness.Subject:
         """What the measurements need of it."""
@@ -256,12 +259,31 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         reader=outcome.recipe.reader if calibrated else None,
         samples=outcome.statistics.samples if calibrated and outcome.statistics else None,
         quantized_ops=rows.quantized_ops(built.artifact),
-        steps=tuple(schema.Step(name=name) for name in (job.steps if calibrated else ())),
+        steps=_steps(built) if calibrated else (),
         options=rows.plain(job.options),
         warnings=tuple(_warnings(outcome, measured)),
         **rows.verdict_fields(verdict, measured.evidence, [*_remarks(outcome, measured)]),
         **rows.accuracy_fields(measured.comparison),
         **rows.speed_fields(measured.times, getattr(job.options, "threads", None), _batch(outcome)),
+    )
+
+
+def _steps(built: Built) -> tuple[Step, ...]:
+    """The steps taken, or all that the ladder tried."""
+    from qdeploy.report import rows, schema
+
+    if not built.attempts:
+        return tuple(schema.Step(name=name) for name in built.job.steps)
+    return tuple(
+        schema.Step(
+            name=attempt.step or "none",
+            detail=attempt.reason,
+            kept=attempt.kept,
+            drop=round(attempt.score.drop, rows.DECIMALS) if attempt.score else None,
+            sqnr_db=round(attempt.score.sqnr_db, rows.DECIMALS) if attempt.score else None,
+            seconds=round(attempt.seconds, 2),
+        )
+        for attempt in built.attempts
     )
 
 

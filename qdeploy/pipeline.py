@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.export import EagerRunner, LoadedModel, export, load
 from qdeploy.graph import describe, load_graph, require_sound
+from qdeploy.ladder import Attempt, Score, search
 from qdeploy.model import FloatModel, QuantizedModel, TensorSpec
 from qdeploy.outcome import LAYERS, Built, Job, Measured, Outcome, Samples, Unavailable, make_report, write_bundle
 from qdeploy.parity import harness
@@ -27,7 +30,7 @@ from qdeploy.parity.compare import Comparison
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
 from qdeploy.parity.verdict import require_metric
-from qdeploy.plan import kept_nodes, matching_rule, plan
+from qdeploy.plan import QuantPlan, kept_nodes, matching_rule, plan
 from qdeploy.prepare import prepare
 from qdeploy.progress import Progress, Silent, in_parts
 from qdeploy.quantize.dynamic import quantize_dynamic
@@ -39,13 +42,14 @@ from qdeploy.quantize.weight_qdq import quantize_weight_qdq
 from qdeploy.quantize.weights import quantize_weights
 from qdeploy.reader import CalibrationReader
 from qdeploy.recipe import Recipe, TargetRequest
-from qdeploy.recover.steps import recover, steps_for
+from qdeploy.recover.recovery import Means, Recovery
+from qdeploy.recover.steps import STEPS, recover, steps_for
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
 from qdeploy.samples.head import remembering
 from qdeploy.samples.open import open_samples
 from qdeploy.samples.preprocessing import Preprocessing
-from qdeploy.samples.source import Sample, SampleSource
+from qdeploy.samples.source import Sample, SampleSource, every_other
 from qdeploy.samples.states import States, completed, require_inputs, states_of
 from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
@@ -78,7 +82,7 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
     with scratch_folder() as scratch, writing(output, force=force) as bundle:
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, scratch)
-        samples = _checked(sources, model, jobs)
+        samples, searching = _searching(recipe, _checked(sources, model, jobs), metric)
         kept_nodes(load_graph(model.path), recipe.keep)  # a pattern that matches nothing is found before calibration
         _check_targets(lookups, model)
         if statistics is None and samples.calibration is not None:
@@ -93,7 +97,9 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
             try:
                 with progress.step(f"Building {job.folder}", BUILD_PARTS) as advance:
                     tell = in_parts(advance, BUILD_PARTS)
-                    built.append(build(job, model, statistics, reader, recipe.keep, (scratch, bundle), tell))
+                    work = _made(scratch / job.folder)
+                    making = Making(job, model, statistics, reader, work, samples.calibration, recipe.keep, searching)
+                    built.append(build(making, bundle, tell))
             except (InputError, UnavailableError) as error:  # what this machine or this target cannot do may show now
                 if isinstance(error, InputError) and len(lookups) == 1:
                     raise  # nothing else was asked for
@@ -219,31 +225,42 @@ def _check_targets(lookups: list[Job | Unavailable], model: FloatModel) -> None:
                 lookups[place] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
 
 
-def build(
-    job: Job,
-    model: FloatModel,
-    statistics: Statistics | None,
-    reader: CalibrationReader,
-    keep: tuple[str, ...],
-    folders: tuple[Path, Path],
-    on_progress: Callable[[float], None] = no_progress,
-) -> Built:
-    """Write the graph in the form that the target is given, and lower it."""
-    scratch, bundle = folders
-    folder, quantized = _made(bundle / job.folder), None
-    if job.contract.form is not Form.FLOAT:
-        making = Making(job, model, statistics, reader, keep, _made(scratch / f"{job.folder}-quantized"))
-        quantized = QUANTIZERS[job.contract.form](making)
-    artifact = job.backend.lower(quantized or model, job.precision, folder, job.options, on_progress)
+def build(making: Making, bundle: Path, on_progress: Callable[[float], None] = no_progress) -> Built:
+    """Write the graph in the form that the target is given, and lower it into its folder of the bundle."""
+    job, folder = making.job, _made(bundle / making.job.folder)
+    quantized, attempts = None, ()
+    if job.calibrated:
+        recovered, attempts = _recovered(making)
+        quantized = FROM_PLAN[job.contract.form](recovered, _made(making.folder / "quantized"))
+    elif job.contract.form is not Form.FLOAT:
+        rewrite = WITHOUT_RANGES[job.contract.form]
+        quantized = rewrite(making.model, job.contract, _made(making.folder / "quantized"), making.keep)
+    artifact = job.backend.lower(quantized or making.model, job.precision, folder, job.options, on_progress)
     violations = _violations(quantized, artifact) if quantized else ()
-    return Built(job, artifact, _baseline(job, artifact, model, scratch), quantized, violations)
+    return Built(job, artifact, _baseline(making, artifact), quantized, violations, attempts)
 
 
-def _baseline(job: Job, artifact: Artifact, model: FloatModel, scratch: Path) -> Artifact | None:
+def _baseline(making: Making, artifact: Artifact) -> Artifact | None:
     """FP32 on the target's own runtime; None where that is not at hand to be timed."""
+    job = making.job
     if job.backend.open(artifact, job.options).evidence is not Evidence.EXECUTED:
         return None
-    return job.backend.lower(model, "fp32", _made(scratch / f"{job.folder}-baseline"), job.options)
+    return job.backend.lower(making.model, "fp32", _made(making.folder / "baseline"), job.options)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the ladder may look at while it searches.
+
+    Attributes:
+        samples: The part of the evaluation samples that no verdict rests on.
+        metric: What may drop.
+        max_drop: By how much.
+    """
+
+    samples: SampleSource
+    metric: Metric
+    max_drop: float
 
 
 @dataclass(frozen=True)
@@ -255,47 +272,67 @@ class Making:
         model: The prepared float model.
         statistics: Of the calibration samples, if a target needs them.
         reader: Chooses ranges.
+        folder: Where to write what does not last.
+        samples: The calibration samples themselves; None where only their statistics are at hand.
         keep: Nodes that stay float.
-        folder: Where to write.
+        search: What the ladder looks at; None if the steps are given.
     """
 
     job: Job
     model: FloatModel
     statistics: Statistics | None
     reader: CalibrationReader
-    keep: tuple[str, ...]
     folder: Path
+    samples: SampleSource | None = None
+    keep: tuple[str, ...] = ()
+    search: Search | None = None
 
 
-def _static(making: Making) -> QuantizedModel:
-    """Plan → recover → quantize."""
+def _recovered(making: Making) -> tuple[QuantPlan, tuple[Attempt, ...]]:
+    """The plan after the steps asked for, or after those that the ladder finds, and what the ladder tried."""
     assert making.statistics is not None
     drafted = plan(making.model, making.statistics, making.job.contract, making.reader, making.keep)
-    return quantize(recover(drafted, making.statistics, making.job.steps), making.folder)
+    means = Means(making.samples, making.reader, making.keep, _made(making.folder / "steps"))
+    if making.search is None:
+        return recover(drafted, making.statistics, making.job.steps, means), ()
+    start = Recovery(drafted, making.statistics, means)
+    found = search(start, STEPS, partial(_score, making, making.search), making.search.max_drop)
+    return recover(drafted, making.statistics, found.best, means), found.attempts
 
 
-def _static_float16(making: Making) -> QuantizedModel:
-    """Plan → recover → quantize → cast what is not an integer."""
-    return cast_quantized(_static(making), _made(making.folder / "float16"))
+def _score(making: Making, searching: Search, candidate: QuantPlan) -> Score:
+    """How good a plan is: its QDQ graph against FP32 on the samples of the search."""
+    with tempfile.TemporaryDirectory(dir=making.folder) as folder:
+        path = FROM_PLAN[making.job.contract.form](candidate, Path(folder)).path
+        subject = harness.Subject(making.job.folder, SessionRunner(path), None, None)
+        compared = harness.against_float(
+            making.model.path, [subject], searching.samples, searching.metric, lambda: None
+        )
+    comparison = compared[making.job.folder]
+    drop = math.inf if comparison.drop is None else comparison.drop
+    return Score(drop, -math.inf if comparison.sqnr_db is None else comparison.sqnr_db)
 
 
-def _without_ranges(
-    rewrite: Callable[[FloatModel, QuantContract, Path, tuple[str, ...]], QuantizedModel],
-) -> Callable[[Making], QuantizedModel]:
-    return lambda making: rewrite(making.model, making.job.contract, making.folder, making.keep)
-
-
-QUANTIZERS: Mapping[Form, Callable[[Making], QuantizedModel]] = MappingProxyType(
+FROM_PLAN: Mapping[Form, Callable[[QuantPlan, Path], QuantizedModel]] = MappingProxyType(
     {
-        Form.QDQ: _static,
-        Form.DYNAMIC: _without_ranges(quantize_dynamic),
-        Form.WEIGHTS: _without_ranges(quantize_weights),
-        Form.WEIGHT_QDQ: _without_ranges(quantize_weight_qdq),
-        Form.HALF: _without_ranges(to_half),
-        Form.FLOAT16: _without_ranges(to_float16),
-        Form.QDQ_FLOAT16: _static_float16,
+        Form.QDQ: quantize,
+        Form.QDQ_FLOAT16: lambda made, folder: cast_quantized(quantize(made, folder), _made(folder / "float16")),
     }
 )
+"""How a plan is written for a target."""
+
+WITHOUT_RANGES: Mapping[Form, Callable[[FloatModel, QuantContract, Path, tuple[str, ...]], QuantizedModel]] = (
+    MappingProxyType(
+        {
+            Form.DYNAMIC: quantize_dynamic,
+            Form.WEIGHTS: quantize_weights,
+            Form.WEIGHT_QDQ: quantize_weight_qdq,
+            Form.HALF: to_half,
+            Form.FLOAT16: to_float16,
+        }
+    )
+)
+"""How a float model is written for a target whose ranges come from no samples."""
 
 
 def _made(folder: Path) -> Path:
@@ -389,6 +426,23 @@ def _known_inputs(loaded: LoadedModel) -> tuple[TensorSpec, ...]:
     """What is known of the inputs before the export: what the user said of them, or else the examples."""
     examples = (TensorSpec(name, array.dtype.name, array.shape) for name, array in loaded.examples.items())
     return loaded.source.inputs or tuple(examples)
+
+
+def _searching(recipe: Recipe, samples: Samples, metric: Metric | None) -> tuple[Samples, Search | None]:
+    """The samples to judge by and, with a budget and no steps asked for, every other one of them for the ladder.
+
+    Raises:
+        InputError: The samples cannot be parted, since each carries the states of the one before.
+    """
+    if recipe.max_drop is None or recipe.recover is not None or metric is None or samples.calibration is None:
+        return samples, None
+    if samples.states.outputs:
+        what = "The ladder judges by every other sample, and a model with states needs all of them in order."
+        raise InputError(what, "Name the steps: --recover STEP,… or --recover none.")
+    searched, judged = (every_other(samples.evaluation, first) for first in (0, 1))
+    remark = "Steps were searched on every other evaluation sample; the figures are of the rest."
+    remark = " ".join(filter(None, (samples.remark, remark)))
+    return replace(samples, evaluation=judged, remark=remark), Search(searched, metric, recipe.max_drop)
 
 
 def _checked(samples: Samples, model: FloatModel, jobs: list[Job]) -> Samples:

@@ -121,8 +121,7 @@ class _Draft:
         if rule is None or reason:
             return NodePlan(node.op_type, quantized=False, reason=reason)
         if rule.moves_values:
-            source, moved = (questions.name_of(v) for v in (node.inputs[0], node.outputs[0]))
-            self.ranges[moved], self.activations[moved] = self.ranges[source], self.activations[source]
+            self._move(node, rule)
         else:
             self._quantize(node, rule)
         return NodePlan(node.op_type, quantized=True, reason=rule.reason)
@@ -141,9 +140,14 @@ class _Draft:
         if str(node.name) in self.kept:
             return f"Kept by {self.kept[str(node.name)]!r}."
         if rule.moves_values:
-            name = questions.name_of(node.inputs[0])
-            return "" if name in self.activations else "It moves float values."
+            return self._why_not_moved(node, rule)
         return self._why_values_forbid(node) or self._why_weight_stays(node, rule) or self._why_bias_forbids(node)
+
+    def _why_not_moved(self, node: ir.Node, rule: OpRule) -> str:
+        if questions.name_of(node.inputs[0]) not in self.activations:
+            return "It moves float values."
+        shared = [name for index in rule.inputs if (name := _initializer_name(node, index)) in self.weights]
+        return f"It shares {shared[0]!r} with an operator that quantizes it with another scale." if shared else ""
 
     def _why_values_forbid(self, node: ir.Node) -> str:
         for value in (*(v for _, v in questions.real_inputs(node)), questions.result_of(node)):
@@ -174,6 +178,12 @@ class _Draft:
             return ""
         return f"Its bias has shape {list(bias.shape)}; as int32 it must have one value for each output channel."
 
+    def _move(self, node: ir.Node, rule: OpRule) -> None:
+        source, moved = (questions.name_of(v) for v in (node.inputs[0], node.outputs[0]))
+        self.ranges[moved], self.activations[moved] = self.ranges[source], self.activations[source]
+        for index in rule.inputs:
+            self.weights[_initializer_name(node, index)] = self.activations[source]
+
     def _quantize(self, node: ir.Node, rule: OpRule) -> None:
         for index, scheme in rule.inputs.items():
             value = node.inputs[index] if index < len(node.inputs) else None
@@ -196,7 +206,8 @@ class _Draft:
         name = questions.name_of(value)
         if name in self.activations:
             return
-        tensor = self.statistics.tensors.get(name)
+        tensors = self.statistics.tensors
+        tensor = tensors.get(questions.name_of(questions.bounded(value))) or tensors.get(name)
         if tensor is None:
             message = f"{name!r} was not observed, but {self.contract.target} quantizes it"
             raise InternalError(message)

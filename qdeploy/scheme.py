@@ -70,6 +70,7 @@ class Condition(StrEnum):
     DEPTHWISE = "depthwise (one input channel a group)"
     TRANSPOSED_B = "with a constant weight and transB=1"
     CONSTANT_BIAS = "with a constant bias or none"
+    CONSTANT_BOUND = "of a computed and a constant operand"
     NEAREST = "it repeats the nearest value (mode=nearest)"
     BETWEEN_QUANTIZED = "every input comes from a quantized operator"
     GRAPH_OUTPUT = "it writes a graph output that nothing else reads"
@@ -108,7 +109,7 @@ class OpRule:
         inputs: Scheme by input index; None or a missing index leaves that input float.
         output: Scheme of the output (after a fused activation); None leaves it float.
         moves_values: The operator moves values without computing: its output shares the scale of input 0, and it is
-            quantized just when input 0 already is.
+            quantized just when input 0 already is. Constants among `inputs` share that scale, too.
         reason: Why the rule is so, with the measurement or document behind it.
         cure: What a user can do who needs something else.
     """

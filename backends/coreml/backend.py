@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from qdeploy.backends.coreml.layers import layers
 from qdeploy.backends.coreml.package import Wanted, read_specification, require_ranges, save
 from qdeploy.backends.coreml.runner import Executed, Interpreted, Units
 from qdeploy.backends.coreml.support import require_supported
+from qdeploy.backends.coreml.table import TABLE
 from qdeploy.backends.coreml.tools import INSTALL, coremltools
 from qdeploy.errors import InputError
 from qdeploy.graph import load_graph
@@ -65,6 +66,19 @@ class CoreML(Backend):
     def contract(self, precision: str, options: Options) -> QuantContract:  # noqa: ARG002 - no option changes the rules
         """Unsigned activations with zero points, signed weights with a scale a channel, float biases."""
         return rules.contract(self.name, precision)
+
+    def operators(self) -> Mapping[str, str]:
+        """The table: honoured attributes, and the inputs that must be constant."""
+        return {name: str(handler) for name, handler in TABLE.items()}
+
+    def check(self, model: FloatModel, precision: str, options: Options) -> None:
+        """Refuse operators, dimensions and options that Core ML cannot take, before anything is calibrated."""
+        wanted = _wanted(model, precision, options)
+        graph = load_graph(model.path)
+        require_supported(graph)
+        require_ranges(wanted)
+        if wanted.compute == "float16":
+            safe_constants(graph)
 
     def lower(
         self,

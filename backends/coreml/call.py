@@ -190,6 +190,11 @@ class Handler:
     outputs: int = 1
     shapes: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        honoured = f"attributes {', '.join(self.attributes)}" if self.attributes else ""
+        constant = f"constant inputs {', '.join(map(str, self.constants))}" if self.constants else ""
+        return "; ".join(filter(None, (honoured, constant)))
+
 
 def is_static(dims: Sequence[Any]) -> bool:
     """Whether all dimensions are numbers."""

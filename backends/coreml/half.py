@@ -55,7 +55,7 @@ def safe_constants(graph: ir.Model) -> dict[tuple[str, int], NDArray[np.float32]
     for place in _too_large(graph):
         limit = LARGEST if place.node.op_type == "Clip" else MASK
         if place.node.op_type == "Clip" or _is_mask(place.node, set()):
-            replaced[str(place.node.name), place.index] = np.clip(place.array, -limit, limit).astype(np.float32)
+            replaced[str(place.node.name), place.index] = np.asarray(np.clip(place.array, -limit, limit), np.float32)
         else:
             value = place.node.inputs[place.index]
             most = float(np.abs(place.array).max())

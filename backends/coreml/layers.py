@@ -75,6 +75,9 @@ def layers(
     found = {}
     for node, value in _places(original, lowered):
         name = _written(program, value, values)
+        if name is None and node.op_type == "Add":  # a bias that coremltools put into the product before it
+            before = (found.get(str(producer.name)) for v in node.inputs if v and (producer := v.producer()))
+            name = next((each for each in before if each is not None and program.writers[each].type == "linear"), None)
         if name is not None:
             found[str(node.name)] = name
     nodes = [n for n in original.graph if any(is_real(value) for value in n.outputs)]

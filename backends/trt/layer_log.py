@@ -130,18 +130,15 @@ def _precision(node: ir.Node, host: BuiltLayer, weights: str | None) -> str:
 
     A layer that multiplies by a weight without having it as a constant reads it as another layer unpacked it.
     """
-    reads = [tensor.type for tensor in host.inputs]
+    reads, written = ([tensor.type for tensor in part] for part in (host.inputs, host.outputs))
     if questions.has_weight(node):
         in_integers = weights == "int8" == reads[0] if reads and host.kind in MULTIPLIES_INTEGERS else False
-        return "int8" if in_integers else _float([*reads, *(tensor.type for tensor in host.outputs)], weights)
-    moved = {*reads, *(tensor.type for tensor in host.outputs)}
-    if moved == {"int8"} and node.op_type in ("MaxPool", "Concat", "Reshape", "Transpose"):
+        return "int8" if in_integers else _float([*reads, *written], weights)
+    if {*reads, *written} == {"int8"} and node.op_type in ("MaxPool", "Concat", "Reshape", "Transpose"):
         return "int8"
-    return _float([*reads, *moved], None)
+    return _float([*reads, *written], None)
 
 
 def _float(types: Sequence[str], weights: str | None) -> str:
-    for kind in ("fp32", "fp16", "bf16"):
-        if kind in (*types, weights):
-            return kind
-    return "unknown"
+    """The first floating-point type: of the weights, of what a layer reads, of what it writes."""
+    return next((kind for kind in (weights, *types) if kind in ("fp32", "fp16", "bf16")), "unknown")

@@ -61,6 +61,19 @@ def _rules(target: str) -> Iterator[str]:
     for rule in rules.rules:
         yield ""
         yield from _rule(rule)
+    yield from _operators(rules.target)
+
+
+def _operators(target: str) -> Iterator[str]:
+    """What a target takes at all, if it has a list."""
+    from qdeploy.registry import backends as registered
+
+    backend: Backend = registered().load(target)()
+    operators = backend.operators()
+    if operators:
+        yield from ("", f"{target} takes these operators, at every precision; other attributes of them are refused:")
+    for name, honoured in sorted(operators.items()):
+        yield f"  {name}{f'  {honoured}' if honoured else ''}"
 
 
 def _head(contract: QuantContract) -> Iterator[str]:

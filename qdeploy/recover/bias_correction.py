@@ -31,7 +31,7 @@ def bias_correction(plan: QuantPlan, statistics: Statistics) -> QuantPlan:
     biases = dict(plan.biases)
     for node in graph.graph:
         weight = questions.weight_of(node)
-        if weight is None or not plan.nodes[str(node.name)].quantized or not _has_place_for_bias(node, weight):
+        if weight is None or not plan.nodes[str(node.name)].quantized or not has_place_for_bias(node, weight):
             continue
         name = questions.name_of(node.inputs[1])
         tensor = statistics.tensors.get(questions.name_of(node.inputs[0]))
@@ -39,7 +39,7 @@ def bias_correction(plan: QuantPlan, statistics: Statistics) -> QuantPlan:
             continue
         exact = plan.replaced.get(name, weight)
         shift = output_shift(node, fake_quantize(exact, plan.weights[name]) - exact, tensor)
-        biases[str(node.name)] = (_bias(plan, node, shift.size) - shift).astype(np.float32)
+        biases[str(node.name)] = (present_bias(plan, node, shift.size) - shift).astype(np.float32)
     return replace(plan, biases=biases, steps=(*plan.steps, NAME))
 
 
@@ -67,7 +67,7 @@ def output_shift(node: ir.Node, change: NDArray[np.float32], inputs: TensorStati
     return np.asarray(mean @ delta)
 
 
-def _has_place_for_bias(node: ir.Node, weight: NDArray[np.float32]) -> bool:
+def has_place_for_bias(node: ir.Node, weight: NDArray[np.float32]) -> bool:
     """Conv and Gemm take a bias that is not there yet; a MatMul only has the Add behind it, a computed one stays."""
     if node.op_type == "MatMul" and weight.ndim > 2:
         return False  # each item of a batch has a shift of its own
@@ -77,7 +77,7 @@ def _has_place_for_bias(node: ir.Node, weight: NDArray[np.float32]) -> bool:
     return node.op_type != "MatMul" and absent
 
 
-def _bias(plan: QuantPlan, node: ir.Node, channels: int) -> NDArray[np.float64]:
+def present_bias(plan: QuantPlan, node: ir.Node, channels: int) -> NDArray[np.float64]:
     """The node's present bias, one value a channel."""
     if str(node.name) in plan.biases:
         return plan.biases[str(node.name)].astype(np.float64)

@@ -8,7 +8,6 @@ layer sees the blocks before its own as they will be, and its own block with exa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,42 +41,45 @@ def weighted_nodes(plan: QuantPlan, graph: ir.Model) -> list[ir.Node]:
     ]
 
 
-def blocks(nodes: Sequence[ir.Node]) -> list[Sequence[ir.Node]]:
-    """The nodes in order, cut into at most `PASSES` blocks of nearly equal length."""
+def blocks(nodes: Sequence[ir.Node]) -> list[tuple[int, Sequence[ir.Node]]]:
+    """The nodes in order, cut into at most `PASSES` blocks of nearly equal length, each with where it begins."""
     count = min(PASSES, len(nodes))
-    edges = [len(nodes) * i // count for i in range(count + 1)] if count else []
-    return [nodes[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    edges = [len(nodes) * i // count for i in range(count)] if count else []
+    return [(start, nodes[start:end]) for start, end in zip(edges, [*edges[1:], len(nodes)], strict=True)]
 
 
 def exact_weight(plan: QuantPlan, node: ir.Node) -> NDArray[Any]:
     """A weighted node's weight before rounding, in its stored layout."""
-    return exact_constant(plan, node.inputs[1])
+    return _before_rounding(plan, node.inputs[1])
 
 
-def exact_constant(plan: QuantPlan, value: ir.Value) -> NDArray[Any]:
-    """What an initializer holds before rounding."""
+def _before_rounding(plan: QuantPlan, value: ir.Value) -> NDArray[Any]:
     array = plan.replaced.get(questions.name_of(value), questions.constant(value))
     assert array is not None
     return array
 
 
-def simulate(plan: QuantPlan, exact: AbstractSet[str] = frozenset()) -> ir.Model:
+def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
     """The float graph with every quantized tensor on its grid: the numbers of the quantized model, in float operators.
 
     x ─► Conv(W) ─► y        becomes        x ─► Q ─► DQ ─► Conv(Ŵ) ─► y' ─► Q ─► DQ ─► y
 
+    ONNX Runtime must not optimize it: between pairs it rounds float weights by itself, with one scale a tensor.
+
     Args:
         plan: What is quantized, and how.
-        exact: Names of weights that are not rounded.
+        exact: Weighted nodes that keep their weights as before rounding, and the float graph's biases.
     """
     graph = questions.load_graph(plan.model.path)
     constants = graph.graph.initializers
+    kept = {str(node.name): questions.name_of(node.inputs[1]) for node in exact}
     rounded = {
-        name: fake_quantize(exact_constant(plan, constants[name]), affine)
+        name: fake_quantize(_before_rounding(plan, constants[name]), affine)
         for name, affine in plan.weights.items()
-        if name not in exact
+        if name not in kept.values()
     }
-    replace_constants(graph, replace(plan, replaced={**plan.replaced, **rounded}))
+    biases = {node: bias for node, bias in plan.biases.items() if node not in kept}
+    replace_constants(graph, replace(plan, replaced={**plan.replaced, **rounded}, biases=biases))
     values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
     for name, affine in plan.activations.items():
         _put_on_grid(graph, values[name], affine)
@@ -90,8 +92,10 @@ def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
     import onnx_ir as ir
 
     name = questions.name_of(value)
-    grid = [ir.val(f"{name}/{part}", const_value=ir.tensor(array, name=f"{name}/{part}")) for part, array in
-            (("scale", affine.scale), ("zero_point", affine.zero_point))]
+    grid = [
+        ir.val(f"{name}/{part}", const_value=ir.tensor(array, name=f"{name}/{part}"))
+        for part, array in (("scale", affine.scale), ("zero_point", affine.zero_point))
+    ]
     for constant in grid:
         graph.graph.register_initializer(constant)
     quantize = ir.node("QuantizeLinear", [value, *grid], name=f"{name}/quantize")
@@ -110,8 +114,6 @@ def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
 
 class Probe:
     """Runs samples through the part of a graph that some of its tensors need, and gives these.
-
-    ONNX Runtime must not optimize a simulation: it rounds float weights between pairs by itself, one scale a tensor.
 
     Args:
         graph: A float graph or a simulation; it is cut off behind the tensors.

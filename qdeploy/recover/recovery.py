@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING
 
 from qdeploy.collect import collect
 from qdeploy.errors import InputError
+from qdeploy.graph import describe, save_graph
 from qdeploy.model import FloatModel
 from qdeploy.plan import QuantPlan, plan
 from qdeploy.reader import CalibrationReader
 from qdeploy.samples.source import Sample
 from qdeploy.statistics import Statistics
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,17 @@ class Recovery:
             what = f"The recovery step {step!r} runs the calibration samples, and only their statistics were given."
             raise InputError(what, "Give --calibration DATA, with or without --statistics.")
         return samples
+
+    def with_step(self, step: str) -> Recovery:
+        """The recovery after a step that found nothing to change."""
+        return replace(self, plan=replace(self.plan, steps=(*self.plan.steps, step)))
+
+    def on_graph(self, graph: ir.Model, step: str) -> Recovery:
+        """The recovery on a float graph that a step has changed in memory; as `on_changed`, once it is written."""
+        before = self.plan.model
+        path = Path(mkdtemp(prefix=f"{step}-", dir=self.require_means(step).folder)) / "model.onnx"
+        save_graph(graph, path)
+        return self.on_changed(replace(describe(path, before.name, before.dims), image=before.image), step)
 
     def on_changed(self, model: FloatModel, step: str) -> Recovery:
         """The recovery on a float graph that a step has changed: activations differ, so they are counted anew.

@@ -170,10 +170,23 @@ class Reference(Value):
 
 
 class Step(Value):
-    """A recovery step that was taken: its name and, in words, what it did or cost."""
+    """A recovery step that was taken or, by the ladder, tried.
+
+    Attributes:
+        name: Of the step; "none" for the plan that the ladder began with.
+        detail: In words, what it did, or why it could not be taken.
+        kept: Whether the artifact has it.
+        drop: Loss of the metric after it, on the samples of the search; null if it was not measured.
+        sqnr_db: Of the outputs after it, on the same samples.
+        seconds: What taking and measuring it took.
+    """
 
     name: str
     detail: str = ""
+    kept: bool = True
+    drop: float | None = None
+    sqnr_db: float | None = None
+    seconds: float | None = None
 
 
 class Output(Value):

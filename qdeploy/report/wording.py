@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from qdeploy.report.schema import Eager, Interval, Latency, Metric, Report, Target
+    from qdeploy.report.schema import Eager, Interval, Latency, Metric, Report, Step, Target
 
 ABSENT = "-"
 """Stands for a figure that was not measured."""
@@ -74,7 +74,7 @@ def details(row: Target) -> tuple[tuple[str, str], ...]:
     calibration = f"{row.reader}, {row.samples} samples" if row.reader else ""
     pairs = (
         ("Calibration", calibration),
-        ("Steps", "; ".join(f"{step.name}: {step.detail}" if step.detail else step.name for step in row.steps)),
+        ("Steps", "; ".join(_step(step) for step in row.steps)),
         ("Operators", ", ".join(f"{count} {kind}" for kind, count in row.quantized_ops.items())),
         ("Evaluation samples", "" if row.evaluation_samples is None else str(row.evaluation_samples)),
         ("Largest error", "" if row.max_abs_error is None else _significant(row.max_abs_error)),
@@ -86,6 +86,18 @@ def details(row: Target) -> tuple[tuple[str, str], ...]:
         ("Artifact", row.artifact or ""),
     )
     return tuple((name, text) for name, text in pairs if text)
+
+
+def _step(step: Step) -> str:
+    """A step with what the ladder found of it."""
+    parts = [step.detail] if step.detail else []
+    if step.drop is not None:
+        parts += [f"drop {step.drop:z.4f}", _decibels(step.sqnr_db)]
+    if step.seconds is not None:
+        parts.append(f"{step.seconds:.1f} s")
+    if not step.kept:
+        parts.append("not kept")
+    return f"{step.name}: {', '.join(parts)}" if parts else step.name
 
 
 OUTPUT_COLUMNS = ("Output", "SQNR", "Cosine similarity", "Largest error", "Equal values")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
@@ -57,6 +58,14 @@ class SampleSource:
 
     def __iter__(self) -> Iterator[Sample]:
         return self.stream()
+
+
+def every_other(source: SampleSource, first: int) -> SampleSource:
+    """Half of a source's samples: those at even places (`first` is 0), or at odd ones (1)."""
+    size = None if source.size is None else (source.size + 1 - first) // 2
+    part = "even" if first == 0 else "odd"
+    description = f"{source.description}, those at {part} places"
+    return replace(source, stream=lambda: islice(source, first, None, 2), size=size, description=description)
 
 
 def evenly_spaced(count: int, limit: int | None) -> Sequence[int]:

@@ -1,9 +1,12 @@
 """The ladder, on plans that are sets of steps and scores that are looked up."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from qdeploy.errors import InputError
-from qdeploy.ladder import Score, climb
+from qdeploy.ladder import APPLIED, CHEAPEST_FIRST, Score, climb, search
+from qdeploy.recover.steps import STEPS
 
 SCORES = {
     "": Score(0.08, 6.0),
@@ -15,7 +18,7 @@ SCORES = {
 }
 
 
-def search(steps, budget, scores=SCORES):
+def climbed(steps, budget, scores=SCORES):
     measured = []
 
     def measure(rung):
@@ -41,7 +44,7 @@ def search(steps, budget, scores=SCORES):
     ],
 )
 def test_stops_within_the_budget_and_takes_back_what_did_not_help(budget, best, tried):
-    found, measured = search("abcde", budget)
+    found, measured = climbed("abcde", budget)
 
     assert found.best == best
     assert measured == tried
@@ -52,7 +55,7 @@ def test_stops_within_the_budget_and_takes_back_what_did_not_help(budget, best, 
 
 
 def test_a_step_that_cannot_be_taken_is_recorded_with_its_reason():
-    found, measured = search("xa", 0.05)
+    found, measured = climbed("xa", 0.05)
 
     assert measured == ["", "a"]
     refused = found.attempts[1]
@@ -65,7 +68,44 @@ def test_a_step_that_cannot_be_taken_is_recorded_with_its_reason():
     assert found.within_budget
 
 
-def test_a_gain_that_only_the_search_samples_suggest_does_not_count():
+def test_a_gain_that_is_too_small_does_not_count():
     assert not Score(0.02, 10.05).beats(Score(0.02, 10.0))
     assert Score(0.02, 10.2).beats(Score(0.02, 10.0))
     assert not Score(0.021, 30.0).beats(Score(0.02, 10.0))
+
+
+def test_every_step_has_its_place_on_the_ladder():
+    assert sorted(APPLIED) == sorted(CHEAPEST_FIRST)
+    assert set(STEPS) - {"clipping"} <= set(APPLIED)  # clipping is for 4 bits
+
+
+def test_steps_that_helped_are_applied_in_their_own_order_and_none_twice():
+    applied = []
+
+    def step(name):
+        def take(plan):
+            applied.append((plan, name))
+            return Plan((*plan.plan, name))
+
+        return take
+
+    scores = {
+        (): Score(0.1, 5),
+        ("bias-correction",): Score(0.05, 8),
+        ("adaround", "bias-correction"): Score(0.02, 12),
+        ("adaround", "bias-correction", "keep-edges"): Score(0.001, 20),
+    }
+    table = {name: step(name) for name in ("keep-edges", "bias-correction", "adaround")}
+
+    found = search(Plan(()), table, scores.__getitem__, 0.002)
+
+    assert found.best == ("adaround", "bias-correction", "keep-edges")
+    assert [attempt.step for attempt in found.attempts] == ["", "bias-correction", "adaround", "keep-edges"]
+    assert len(applied) == len(set(applied)) == 4  # the bias is corrected anew for the weights that adaround rounds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stands for a recovery whose plan is the names of the steps taken."""
+
+    plan: tuple[str, ...]

@@ -19,9 +19,11 @@ from qdeploy.backend import Artifact, Availability, Layer, no_progress
 from qdeploy.backends.ort_cpu import OrtCpu
 from qdeploy.bundle.load import open_bundle
 from qdeploy.errors import InputError, UnavailableError
+from qdeploy.ladder import APPLIED, CHEAPEST_FIRST
 from qdeploy.model import ModelSource
 from qdeploy.parity import harness
 from qdeploy.recipe import Recipe, TargetRequest
+from qdeploy.recover.steps import STEPS
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
 
@@ -695,11 +697,46 @@ def test_a_drop_beyond_its_budget_fails(data, tmp_path):
 
 
 def test_a_budget_finer_than_one_sample_warns(data, tmp_path):
-    (row,) = pipeline.run(recipe(data, max_drop=0.001), tmp_path / "out").targets
+    (row,) = pipeline.run(recipe(data, max_drop=0.001, recover=("none",)), tmp_path / "out").targets
 
     assert row.warnings == (
         "The allowed drop of 0.001 is finer than 100 samples can tell: one sample more or less makes 0.01.",
     )
+
+
+def test_a_budget_that_plain_quantization_keeps_needs_no_step(data, tmp_path):
+    (row,) = pipeline.run(recipe(data, max_drop=0.5), tmp_path / "out").targets
+
+    assert row.status == "pass"
+    assert row.evaluation_samples == 50
+    assert "Steps were searched on every other evaluation sample; the figures are of the rest." in row.reason
+    (only,) = row.steps
+    assert (only.name, only.kept) == ("none", True)
+    assert only.drop <= 0.5
+    assert only.seconds > 0
+
+
+def test_a_budget_out_of_reach_tries_every_step_and_keeps_the_best(data, tmp_path):
+    report = pipeline.run(recipe(data, max_drop=-1.0), tmp_path / "out")
+    (row,) = report.targets
+
+    assert (row.status, report.exit_code) == ("fail", 1)
+    tried = [step.name for step in row.steps]
+    assert tried[:2] == ["none", "bias-correction"]
+    assert set(tried) == {"none", *CHEAPEST_FIRST} & {"none", *STEPS}
+    kept = tuple(step.name for step in row.steps if step.kept and step.name != "none")
+    taken = [name for name in APPLIED if name in kept]
+    same = pipeline.run(recipe(data, recover=tuple(taken) or ("none",)), tmp_path / "same")
+    assert same.targets[0].status == "pass"
+    built, again = (open_bundle(tmp_path / out).manifest.files["ort-cpu/model.onnx"] for out in ("out", "same"))
+    assert built == again
+
+
+def test_steps_that_are_named_are_not_searched_for(data, tmp_path):
+    (row,) = pipeline.run(recipe(data, max_drop=0.5, recover=("bias-correction",)), tmp_path / "out").targets
+
+    assert row.evaluation_samples == 100
+    assert [(step.name, step.seconds) for step in row.steps] == [("bias-correction", None)]
 
 
 def test_without_labels_closeness_decides(data, tmp_path):

@@ -91,8 +91,24 @@ def equal(call: Call) -> Any:
 
 
 def where(call: Call) -> Any:
-    """A choice by flags."""
-    return call.mb.select(cond=call.var(0), a=call.var(1), b=call.var(2))
+    """A choice by flags. MIL infers its shape from the two values alone: one of them gets that of the flags.
+
+    Where(c [n, m], a [1], b [m])        becomes        select(c, fill_like(c, a), b)
+    """
+    mb, (cond, a, b) = call.mb, call.variables()
+    if tuple(cond.shape) in (tuple(a.shape), tuple(b.shape)):
+        return mb.select(cond=cond, a=a, b=b)
+    for index, place in ((1, "a"), (2, "b")):
+        value = call.constant(index)
+        if value is not None and value.size == 1:
+            whole = mb.fill_like(ref_tensor=cond, value=value.reshape(())[()])
+            return mb.select(cond=cond, **{"a": a, "b": b, place: whole})
+    if call.kind(1) == "bool":
+        a = mb.logical_or(x=a, y=mb.logical_and(x=cond, y=np.bool_(False)))  # noqa: FBT003 - numpy's own
+    else:
+        kind, zero = ("fp32", ZERO) if call.kind(1) == "float" else ("int32", np.int32(0))
+        a = mb.add(x=a, y=mb.mul(x=mb.cast(x=cond, dtype=kind), y=zero))
+    return mb.select(cond=cond, a=a, b=b)
 
 
 def is_nan(call: Call) -> Any:
