@@ -305,8 +305,17 @@ def _has_one_scale(node: ir.Node) -> bool:
     pairs = [*(value.producer() if value is not None else None for value in node.inputs), follower]
     if [pair.op_type if pair else "" for pair in pairs] != ["DequantizeLinear", "DequantizeLinear", "QuantizeLinear"]:
         return False
-    grids = [tuple(questions.constant(value) for value in pair.inputs[1:3]) for pair in pairs if pair]
-    return all(np.array_equal(part, first) for grid in grids for part, first in zip(grid, grids[0], strict=True))
+    grids = {_grid(pair) for pair in pairs if pair}
+    return len(grids) == 1 and None not in grids
+
+
+def _grid(pair: ir.Node) -> tuple[float, int] | None:
+    """Scale and zero point of a QuantizeLinear or DequantizeLinear, where it has one of each."""
+    parts = [questions.constant(value) for value in pair.inputs[1:3]]
+    if len(parts) != 2 or any(part is None or part.size != 1 for part in parts):
+        return None
+    scale, zero_point = (part.item() for part in parts if part is not None)
+    return scale, zero_point
 
 
 def _compare_integers(node: ir.Node) -> None:
@@ -314,12 +323,14 @@ def _compare_integers(node: ir.Node) -> None:
 
     x ─► DQ ─► Min(DQ(c)) ─► Q ─► y        becomes        x ─► Min(c) ─► y        all of one scale
     """
-    quantize = questions.sole_consumer(node.outputs[0])
+    import onnx_ir as ir
+
+    (quantize,) = node.outputs[0].consumers()
     for index, value in enumerate(node.inputs):
         node.replace_input_with(index, value.producer().inputs[0])
-    result, integers = node.outputs[0], quantize.outputs[0]
-    integers.replace_all_uses_with(result)
-    result.type, result.name = integers.type, f"{node.name}/integers"
+    result = node.outputs[0]
+    result.name, result.type = f"{node.name}/integers", ir.TensorType(quantize.inputs[2].dtype)
+    quantize.outputs[0].replace_all_uses_with(result)
     node.graph.remove(quantize, safe=True)
 
 

@@ -39,7 +39,11 @@ from qdeploy.session import SessionRunner
 Outputs = Mapping[str, NDArray[Any]]
 
 CIFAR = Preprocessing.parse("mean=0.4914,0.4822,0.4465 std=0.2470,0.2435,0.2616")
-TITLES = ("Network", "FP32 package", "INT8 package", "Smaller", "Converting FP32", "INT8", "FP32 from ONNX", "INT8 from its QDQ")
+TITLES = ("Network", "FP32 package", "INT8 package", "Smaller", "Converting FP32", "INT8", "FP32 from ONNX")
+CLOSENESS = (
+    *("Network", "Samples", "Largest, LSB", "Median of samples", "Samples within 1 LSB"),
+    *("ORT optimized: largest", "Median"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,23 +146,35 @@ def main() -> None:
     parser.add_argument("--only", help="one network")
     arguments = parser.parse_args()
     if "QDEPLOY_DATA" not in os.environ:
-        sys.exit("SKIPPED: nothing was measured. Set QDEPLOY_DATA to the folder that holds imagenet/, cifar10/ and stsb/.")
+        sys.exit(
+            "SKIPPED: nothing was measured. Set QDEPLOY_DATA to the folder that holds imagenet/, cifar10/ and stsb/."
+        )
     torch.set_num_threads(1)
     coremltools()
     print_environment()
-    rows, accuracy = [], []
+    rows, distances, accuracy = [], [], []
     for network in networks(arguments.images):
         if arguments.only in (None, network.name):
-            row, scores = measure(network)
+            row, distance, scores = measure(network)
             rows.append(row)
+            distances.append(distance)
             accuracy += scores
     print_table(TITLES, rows)
-    titles = ("Network", "Samples", "FP32 top-1", "INT8 package", "Drop, points", "Same as QDQ", "Where FP32 is 2 LSB clear")
+    print_table(CLOSENESS, distances)
+    titles = (
+        "Network",
+        "Samples",
+        "FP32 top-1",
+        "INT8 package",
+        "Drop, points",
+        "Same as QDQ",
+        "Where FP32 is 2 LSB clear",
+    )
     print_table(titles, accuracy)
 
 
-def measure(network: Network) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """One row of the first table, and one of the second if the samples have labels."""
+def measure(network: Network) -> tuple[tuple[str, ...], tuple[str, ...], list[tuple[str, ...]]]:
+    """One row of each of the first two tables, and one of the third if the samples have labels."""
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as name:
         folder = Path(name)
         for part in ("exported", "prepared", "quantized", "float", "int8"):
@@ -175,8 +191,9 @@ def measure(network: Network) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             SessionRunner(quantized.path, graph_level="disable") as qdq,
             CoreML().open(float_artifact, Options()) as float_package,
             CoreML().open(artifact, Options()) as package,
+            SessionRunner(quantized.path) as optimized,
         ):
-            closeness.add_all(evaluation, (onnx, qdq, float_package, package))
+            closeness.add_all(evaluation, (onnx, qdq, float_package, package, optimized))
         sizes = [_size(each) for each in (float_artifact, artifact)]
         row = (
             network.name,
@@ -185,9 +202,8 @@ def measure(network: Network) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             f"{float_time:.1f} s",
             f"{time_taken:.1f} s",
             f"{closeness.float_error:.1e}",
-            f"**{closeness.steps:.2f} LSB**",
         )
-        return row, closeness.accuracy(network.name)
+        return row, closeness.row(network.name), closeness.accuracy(network.name)
 
 
 def _quantized(model: FloatModel, calibration: Iterable[Sample], folder: Path) -> QuantizedModel:
@@ -212,29 +228,47 @@ class Closeness:
 
     def __init__(self) -> None:
         self.float_error = 0.0
-        self._errors: dict[str, float] = {}
+        self._errors: list[dict[str, tuple[float, float]]] = []
         self._ranges: dict[str, tuple[float, float]] = {}
         self._scores: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
 
-    def add_all(self, samples: Iterable[Sample], runners: tuple[Runner, Runner, Runner, Runner]) -> None:
-        """Run every runner on every sample: ONNX, QDQ, and the packages of both."""
+    def add_all(self, samples: Iterable[Sample], runners: tuple[Runner, ...]) -> None:
+        """Run every runner on every sample: ONNX, QDQ, the packages of both, QDQ with ORT's optimizations."""
         for sample in samples:
-            onnx, qdq, float_package, package = (runner.run(sample.inputs) for runner in runners)
+            onnx, qdq, float_package, package, optimized = (runner.run(sample.inputs) for runner in runners)
             for name, expected in onnx.items():
                 error = np.abs(float_package[name] - expected).max() / np.abs(expected).max()
                 self.float_error = max(self.float_error, float(error))
                 low, high = self._ranges.get(name, (0.0, 0.0))
                 self._ranges[name] = min(low, float(qdq[name].min())), max(high, float(qdq[name].max()))
-                error = np.abs(package[name] - qdq[name]).max()
-                self._errors[name] = max(self._errors.get(name, 0.0), float(error))
+            own = {
+                name: (float(np.abs(package[name] - array).max()), float(np.abs(optimized[name] - array).max()))
+                for name, array in qdq.items()
+            }
+            self._errors.append(own)
             if sample.labels is not None and np.issubdtype(np.asarray(sample.labels).dtype, np.integer):
                 (name,) = onnx
                 self._scores.append((onnx[name], qdq[name], package[name], np.asarray(sample.labels)))
 
-    @property
-    def steps(self) -> float:
-        """The largest error in 255ths of the output's range over all samples."""
-        return max(error / self._lsb(name) for name, error in self._errors.items())
+    def row(self, name: str) -> tuple[str, ...]:
+        """Distances from the QDQ graph, in 255ths of the output's range over all samples."""
+        steps = np.array(
+            [
+                [max(errors[output][which] / self._lsb(output) for output in errors) for which in (0, 1)]
+                for errors in self._errors
+            ]
+        )
+        within = int((steps[:, 0] <= 1.0001).sum())
+        largest, medians = steps.max(axis=0), np.median(steps, axis=0)
+        return (
+            name,
+            str(len(steps)),
+            f"**{largest[0]:.2f}**",
+            f"{medians[0]:.2f}",
+            f"{within} of {len(steps)}",
+            f"{largest[1]:.2f}",
+            f"{medians[1]:.2f}",
+        )
 
     def _lsb(self, name: str) -> float:
         low, high = self._ranges[name]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx  # noqa: TID253 - the tests are ONNX's
 import onnx_ir as ir  # noqa: TID253 - likewise
-from onnx import numpy_helper
+from onnx import numpy_helper  # noqa: TID253 - likewise
 
 from qdeploy.backends.coreml.convert import convert
 from qdeploy.backends.coreml.package import Wanted, save
@@ -31,12 +31,12 @@ HEAD = """\
 
 # Core ML operators
 
-Which operators `--target coreml` takes, and how ONNX's own test cases for them fare (`onnx.backend.test.case.node`,
-onnx {version}). Each case of one node whose inputs and outputs are float32 or float64 (besides integers and flags) is lowered,
-saved as an `.mlpackage`, read back, run by qdeploy's interpreter of the saved package, and compared with the expected
-outputs within the case's own tolerance. Inputs that the table declares constant (axes, shapes, weights) are made constants
-first, as exporters write them. *Refused* cases end in an error message that names the attribute or the input; below stand
-the reasons. None of it ran on Core ML itself.
+Which operators `--target coreml` takes, and how ONNX's own test cases for them fare
+(`onnx.backend.test.case.node`, onnx {version}). Each case of one node whose inputs and outputs are float32 or
+float64 (besides integers and flags) is lowered, saved as an `.mlpackage`, read back, run by qdeploy's interpreter of
+the saved package, and compared with the expected outputs within the case's own tolerance. Inputs that the table
+declares constant (axes, shapes, weights) are made constants first, as exporters write them. *Refused* cases end in an
+error message that names the attribute or the input; below stand the reasons. None of it ran on Core ML itself.
 
 `qdeploy backends --ops coreml` prints the table with the attributes that are honoured.
 """
@@ -142,7 +142,11 @@ def outcome(case: Case) -> Outcome:
 def page(outcomes: Sequence[Outcome]) -> str:
     """The whole page."""
     total = Counter(each.verdict for each in outcomes)
-    lines = [HEAD.format(version=onnx.__version__), "| Operator | Passed | Refused | Wrong |", "| --- | --- | --- | --- |"]
+    lines = [
+        HEAD.format(version=onnx.__version__),
+        "| Operator | Passed | Refused | Wrong |",
+        "| --- | --- | --- | --- |",
+    ]
     for name in sorted(TABLE):
         counts = Counter(each.verdict for each in outcomes if each.op_type == name)
         cells = [str(counts[verdict]) for verdict in ("passed", "refused", "wrong")]

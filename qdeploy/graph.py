@@ -234,10 +234,9 @@ def bounded(value: ir.Value) -> ir.Value:
     The values above the bound need no integers: all that follows sees the bounded ones.
     """
     follower = sole_consumer(value)
-    bounds = (
-        follower is not None and follower.op_type == "Min" and holds(Condition.CONSTANT_BOUND, follower, frozenset())
-    )
-    return follower.outputs[0] if follower is not None and bounds else value
+    if follower is None or follower.op_type != "Min" or not holds(Condition.CONSTANT_BOUND, follower, frozenset()):
+        return value
+    return follower.outputs[0]
 
 
 def real_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
@@ -296,7 +295,7 @@ def _is_inside_fusion(value: ir.Value) -> bool:
     return producer is not None and producer.op_type in QUANTIZABLE and fused_activation(producer) is not None
 
 
-def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> bool:  # noqa: C901, PLR0911 - an answer a question
+def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> bool:  # noqa: C901, PLR0911, PLR0912 - an answer a question
     """Answer a contract's question about a node.
 
     Args:
@@ -324,11 +323,8 @@ def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> b
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             return bias is None or stored_constant(bias) is not None
         case Condition.CONSTANT_BOUND:
-            return (
-                len(node.inputs) == 2
-                and constant(node.inputs[0]) is None
-                and stored_constant(node.inputs[1]) is not None
-            )
+            bound = stored_constant(node.inputs[1]) if len(node.inputs) == 2 else None
+            return bound is not None and constant(node.inputs[0]) is None and bool(np.all(bound >= 0))
         case Condition.NEAREST:
             return bool(node.attributes.get_string("mode", "nearest") == "nearest")
         case Condition.BETWEEN_QUANTIZED:

@@ -6,7 +6,8 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -465,6 +466,54 @@ def _metric_for(metric: Metric | None, max_drop: float | None, samples: SampleSo
         metric = metric_from_name("top1")
     require_metric(max_drop, metric, labelled=labels is not None)
     return metric
+
+
+MOST_ANALYZED = 64
+"""Samples that analysis runs. Ranges come from all of them, and so many tell one layer from another."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What there is to analyze.
+
+    Attributes:
+        making: The target and the float model, with all calibration samples and no statistics yet.
+        samples: Those of the calibration samples that are run: at most 64, evenly spread.
+        metric: Of labelled samples; None without labels.
+    """
+
+    making: Making
+    samples: SampleSource
+    metric: Metric | None
+
+
+@contextmanager
+def to_analyze(recipe: Recipe, progress: Progress = SILENT) -> Iterator[Subject]:
+    """The recipe's first target, and its model exported, with its calibration samples.
+
+    Raises:
+        InputError: The recipe, or something that it names, is wrong.
+        UnavailableError: This machine cannot build the target.
+    """
+    if recipe.calibration is None:
+        raise InputError("There is no calibration data.", "Give --calibration DATA: analysis runs samples.")
+    recipe = replace(recipe, targets=recipe.targets[:1], evaluation=None)
+    (job,) = look_up(recipe)
+    if isinstance(job, Unavailable):
+        raise UnavailableError(f"The target {job.request.name} cannot be analyzed here: {job.reason}")
+    reader, metric = calibration_reader(recipe.reader), find_metric(recipe.metric)
+    loaded = load(recipe.source)
+    sources = _open_data(recipe, loaded)
+    few = _open_data(replace(recipe, samples=min(recipe.samples or MOST_ANALYZED, MOST_ANALYZED)), loaded)
+    metric = _metric_for(metric, None, few.evaluation)
+    with scratch_folder() as scratch:
+        with progress.step("Exporting"):
+            model = to_float_model(loaded, sources, scratch)
+        kept_nodes(load_graph(model.path), recipe.keep)
+        states = states_of(recipe.states, model)
+        everything, part = (_calibration(each.evaluation, states, model) for each in (sources, few))
+        work = _made(scratch / job.folder)
+        yield Subject(Making(job, model, None, reader, work, everything, recipe.keep), part, metric)
 
 
 def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, list[tuple[Job, Artifact]]]:

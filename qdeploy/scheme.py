@@ -70,7 +70,7 @@ class Condition(StrEnum):
     DEPTHWISE = "depthwise (one input channel a group)"
     TRANSPOSED_B = "with a constant weight and transB=1"
     CONSTANT_BIAS = "with a constant bias or none"
-    CONSTANT_BOUND = "of a computed and a constant operand"
+    CONSTANT_BOUND = "of a computed operand and a constant that is not negative"
     NEAREST = "it repeats the nearest value (mode=nearest)"
     BETWEEN_QUANTIZED = "every input comes from a quantized operator"
     GRAPH_OUTPUT = "it writes a graph output that nothing else reads"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -84,14 +85,23 @@ def _with_outputs(path: Path, names: Sequence[str], options: onnxruntime.Session
 
 
 class SessionRunner(Runner):
-    """Runs an ONNX file on ORT CPU: the FP32 reference, a QDQ graph as it is written, or the ort-cpu target itself."""
+    """Runs an ONNX file on ORT: the FP32 reference, a QDQ graph as it is written, or a target of ORT's itself.
+
+    It runs on the CPU unless `opener` opens the session elsewhere.
+    """
 
     evidence = Evidence.EXECUTED
 
-    def __init__(self, path: Path, *, threads: int = 0, graph_level: GraphLevel = "all") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int = 0,
+        graph_level: GraphLevel = "all",
+        opener: Callable[[], onnxruntime.InferenceSession] | None = None,
+    ) -> None:
         self._path = path
-        self._threads = threads
-        self._graph_level: GraphLevel = graph_level
+        self._open = opener or partial(open_session, path, threads=threads, graph_level=graph_level)
         self._session: onnxruntime.InferenceSession | None = None
         self._names: list[str] = []
 
@@ -114,7 +124,7 @@ class SessionRunner(Runner):
         return dict(zip(self._names, outputs, strict=True))
 
     def __enter__(self) -> Self:
-        self._session = open_session(self._path, threads=self._threads, graph_level=self._graph_level)
+        self._session = self._open()
         self._names = [output.name for output in self._session.get_outputs()]
         return self
 

@@ -19,7 +19,7 @@ PACKAGES = {
     "qdeploy.calibration_readers": ROOT / "calibration_readers",
 }
 PLUG_INS = ("backends", "calibration_readers")
-CORE = ["errors", "affine", "registry", "scheme", "model", "graph", "statistics", "reader", "backend", "session"]
+CORE = ["errors", "affine", "registry", "scheme", "model", "graph", "statistics", "reader", "backend", "session", "device"]
 UPPER = [
     "samples",
     "prepare",
@@ -41,6 +41,7 @@ UPPER = [
     "ladder",
     "outcome",
     "pipeline",
+    "analyze",
     "api",
     "cli",
 ]

@@ -149,7 +149,9 @@ def _labels(model: FloatModel, path: Path) -> tuple[str, ...]:
     try:
         labels = tuple(path.read_text("utf-8").split("\n"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The class labels {path} cannot be read: {error}.", "Give a text file, one label a line.") from error
+        raise InputError(
+            f"The class labels {path} cannot be read: {error}.", "Give a text file, one label a line."
+        ) from error
     labels = labels[:-1] if labels and not labels[-1] else labels
     classes = model.outputs[0].shape[-1] if len(model.outputs) == 1 and model.outputs[0].shape else None
     if classes != len(labels) or len(set(labels)) != len(labels):

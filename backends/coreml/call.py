@@ -41,7 +41,9 @@ class IntegerConstant:
     def real(self) -> NDArray[np.float32]:
         """The float32 values that it stands for."""
         wide = [-1 if axis == self.axis else 1 for axis in range(self.data.ndim)]
-        scale, zero_point = (part if self.axis is None else part.reshape(wide) for part in (self.scale, self.zero_point))
+        scale, zero_point = (
+            part if self.axis is None else part.reshape(wide) for part in (self.scale, self.zero_point)
+        )
         steps = self.data.astype(np.int32) - zero_point.astype(np.int32)
         real: NDArray[np.float32] = steps.astype(np.float32) * scale
         return real
@@ -109,7 +111,8 @@ class Call:
             return operand
         if isinstance(operand, IntegerConstant):
             return operand.real()
-        return None if operand.val is None else np.asarray(operand.val)
+        value = getattr(operand, "val", None)  # what MIL has computed itself
+        return None if value is None else np.asarray(value)
 
     def known(self, index: int) -> NDArray[Any]:
         """The array of an operand that the table declares constant."""
@@ -148,11 +151,11 @@ class Call:
         assert operand is not None
         return "float" if types.is_float(operand.dtype) else "bool" if types.is_bool(operand.dtype) else "int"
 
-    def int(self, name: str, default: int) -> int:
+    def integer(self, name: str, default: int) -> int:
         """An attribute that is an integer."""
         return int(self.node.attributes.get_int(name, default))
 
-    def float(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float) -> float:
         """An attribute that is a float."""
         return float(self.node.attributes.get_float(name, default))
 
@@ -160,7 +163,7 @@ class Call:
         """An attribute that is a text."""
         return str(self.node.attributes.get_string(name, default))
 
-    def ints(self, name: str, default: Sequence[int]) -> list[int]:
+    def integers(self, name: str, default: Sequence[int]) -> list[int]:
         """An attribute that is a list of integers."""
         return list(self.node.attributes.get_ints(name, default))
 

@@ -52,7 +52,9 @@ class Names:
         return name
 
 
-def convert(graph: ir.Model, image: tuple[str, ImageInput] | None = None, constants: Constants | None = None) -> Lowered:
+def convert(
+    graph: ir.Model, image: tuple[str, ImageInput] | None = None, constants: Constants | None = None
+) -> Lowered:
     """A MIL program that computes what a graph does.
 
     Args:
@@ -70,7 +72,7 @@ def convert(graph: ir.Model, image: tuple[str, ImageInput] | None = None, consta
     specs = [spec(value) for value in graph.graph.inputs if not value.is_initializer()]
     names = Names()
     inputs, outputs = ({s.name: names.of(s.name) for s in group} for group in (specs, map(spec, graph.graph.outputs)))
-    outputs = {name: inputs[name] if name in inputs else mil for name, mil in outputs.items()}
+    outputs = {name: inputs.get(name, mil) for name, mil in outputs.items()}
     mb = Builder(Mil)
     with Function(_placeholders(specs, inputs), opset_version=target.iOS17) as function:
         walk = Walk(mb, names, outputs, constants or {})
@@ -144,7 +146,8 @@ class Builder:
             return array
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = self._mb.const(val=array if array.ndim else array[()])
+            value = array.item() if array.dtype.kind in "bU" and not array.ndim else array[()]
+            self._constants[key] = self._mb.const(val=value)
         return self._constants[key]
 
 

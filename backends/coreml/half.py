@@ -59,7 +59,9 @@ def safe_constants(graph: ir.Model) -> dict[tuple[str, int], NDArray[np.float32]
         else:
             value = place.node.inputs[place.index]
             most = float(np.abs(place.array).max())
-            refused.append(f"{place.node.name} ({place.node.op_type}) reads {value.name if value else ''!r} with {most:.3g}")
+            refused.append(
+                f"{place.node.name} ({place.node.op_type}) reads {value.name if value else ''!r} with {most:.3g}"
+            )
     if refused:
         what = f"float16 ends at {LARGEST:.0f}, and this model holds larger constants: {'; '.join(refused)}."
         raise InputError(what, "Compute in float32 (coreml:fp32, or the option compute=float32), or scale the model.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.backend import Layer
 from qdeploy.backends.coreml.package import operations
-from qdeploy.graph import is_real
+from qdeploy.graph import is_real, sole_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 TYPES = {"FLOAT32": "fp32", "FLOAT16": "fp16"}
 INTEGERS = ("int8", "uint8")
 CONSTANTS = ("const", "constexpr_affine_dequantize")
+HALF = "_cast_fp16"
+"""What coremltools adds to the name of an operation that it makes compute in float16."""
+
+SIZED = "_has_output_shape"
+"""What coremltools adds to the name of a transposed convolution when it tells it its size."""
+
 PAIR = ("quantize", "dequantize")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
@@ -72,14 +79,17 @@ def layers(
         weights_only: Whether nothing but weights was to be stored as integers.
     """
     program = Program.of(specification)
-    found = {}
+    found: dict[str, str] = {}
     for node, value in _places(original, lowered):
         name = _written(program, value, values)
-        if name is None and node.op_type == "Add":  # a bias that coremltools put into the product before it
-            before = (found.get(str(producer.name)) for v in node.inputs if v and (producer := v.producer()))
-            name = next((each for each in before if each is not None and program.writers[each].type == "linear"), None)
         if name is not None:
             found[str(node.name)] = name
+    for node in original.graph:  # a product into which coremltools put the sum with its bias
+        behind = sole_consumer(node.outputs[0]) if node.op_type == "MatMul" and str(node.name) not in found else None
+        name = found.get(str(behind.name)) if behind is not None else None
+        if name is not None and program.writers[name].type == "linear":
+            found[str(node.name)] = name
+    named = {f"{name}{suffix}" for name in values.values() for suffix in ("", HALF)}
     nodes = [n for n in original.graph if any(is_real(value) for value in n.outputs)]
     result = []
     for node in nodes:
@@ -88,7 +98,7 @@ def layers(
             result.append(Layer(str(node.name), node.op_type, "", (), None, (), "unknown"))
             continue
         together = tuple(other for other in found if found[other] == name and other != node.name)
-        result.append(_layer(program, node, name, together, weights_only=weights_only))
+        result.append(_layer(program, node, name, together, named, weights_only=weights_only))
     return tuple(result)
 
 
@@ -97,10 +107,10 @@ def _written(program: Program, value: ir.Value, values: Mapping[str, str]) -> st
 
     A reshape or a transpose between two QDQ pairs of one scale becomes one of integers, and takes a name behind it.
     """
-    name = values.get(str(value.name))
-    writer = program.writers.get(name) if name is not None else None
-    if writer is not None and writer.type not in PAIR:
-        return name
+    plain = values.get(str(value.name), "")
+    for name in (f"{plain}{HALF}", f"{plain}{SIZED}", f"{plain}{SIZED}{HALF}", plain):
+        if name in program.writers and program.writers[name].type not in PAIR:
+            return name
     behind = (reader.outputs[0] for reader in value.consumers() if reader.op_type in QDQ)
     return next((found for each in behind if (found := _written(program, each, values))), None)
 
@@ -121,8 +131,16 @@ def _places(original: ir.Model, lowered: ir.Model) -> Iterator[tuple[ir.Node, ir
             yield node, value
 
 
-def _layer(program: Program, node: ir.Node, name: str, together: tuple[str, ...], *, weights_only: bool) -> Layer:
-    operation = program.writers[name]
+def _layer(
+    program: Program,
+    node: ir.Node,
+    name: str,
+    together: tuple[str, ...],
+    named: AbstractSet[str],
+    *,
+    weights_only: bool,
+) -> Layer:
+    operation = _main(program, name, named)
     computed, constant = [], None
     for read in _reads(operation):
         kind = program.operand(read)
@@ -135,10 +153,24 @@ def _layer(program: Program, node: ir.Node, name: str, together: tuple[str, ...]
     operands = [constant] if weights_only else [*real, *([constant] if constant is not None else [])]
     integers = bool(operands) and all(kind in INTEGERS for kind in operands)
     floats = "fp16" if "fp16" in (program.types[name], *real) else "fp32"
-    outputs = tuple(program.result(output.name) for output in operation.outputs)
+    outputs = tuple(program.result(output.name) for output in program.writers[name].outputs)
     precision = "int8" if integers else floats
     label = f"{operation.type} {name}"
     return Layer(str(node.name), node.op_type, label, tuple(computed), constant, outputs, precision, together)
+
+
+def _main(program: Program, name: str, named: AbstractSet[str]) -> Any:
+    """Of the operations that a node became, the one with its weights; the last one if none has any."""
+    open_names = [name]
+    while open_names:
+        operation = program.writers.get(open_names.pop())
+        if operation is None or operation.type in (*CONSTANTS, *PAIR):
+            continue
+        reads = list(_reads(operation))
+        if any(_is_weight(operation, read) for read in reads):
+            return operation
+        open_names += [read for read in reads if read not in named]
+    return program.writers[name]
 
 
 def _is_weight(operation: Any, name: str) -> bool:

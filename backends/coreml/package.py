@@ -20,6 +20,9 @@ from qdeploy.errors import InputError, InternalError
 from qdeploy.model import DimRange, ImageInput, TensorSpec
 
 SPECIFICATION = Path("Data", "com.apple.CoreML", "model.mlmodel")
+PROBABILITIES = "classLabel_probs"
+"""What a classifier gives in place of its output, whatever name it is asked to have."""
+
 INTERFACE_KEY = "qdeploy.interface"
 """Where a package says which of its names stands for which of the model's."""
 
@@ -159,6 +162,7 @@ def _describe(specification: Any, lowered: Lowered, wanted: Wanted) -> None:
         "inputs": [_entry(spec, lowered.inputs[spec.name]) for spec in wanted.inputs],
         "outputs": [_entry(spec, lowered.outputs[spec.name]) for spec in wanted.outputs],
         "image": asdict(wanted.image[1]) if wanted.image is not None else None,
+        "labels": wanted.labels,
     }
     metadata.userDefined[INTERFACE_KEY] = json.dumps(interface)
     for key, text in wanted.metadata.items():
@@ -181,12 +185,14 @@ class Interface:
         outputs: Likewise.
         images: Names in the package of inputs that are pixels.
         image: How pixels become the model's input, if there are such inputs.
+        labels: Class labels, if it is a classifier: its only output is then a probability for each.
     """
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     images: frozenset[str]
     image: ImageInput | None
+    labels: tuple[str, ...]
 
 
 def interface_of(specification: Any) -> Interface:
@@ -203,15 +209,14 @@ def interface_of(specification: Any) -> Interface:
         outputs,
         frozenset(each.name for each in description.input if each.type.WhichOneof("Type") == "imageType"),
         ImageInput(tuple(image["scale"]), tuple(image["bias"]), image["color"]) if image else None,
+        tuple(stored["labels"]),
     )
 
 
 def _write_manifest(path: Path) -> None:
     """Give the parts identifiers that follow from their places, in place of random ones."""
     manifest = json.loads((path / "Manifest.json").read_text("utf-8"))
-    identifiers = {
-        old: str(uuid.uuid5(NAMESPACE, item["path"])) for old, item in manifest["itemInfoEntries"].items()
-    }
+    identifiers = {old: str(uuid.uuid5(NAMESPACE, item["path"])) for old, item in manifest["itemInfoEntries"].items()}
     entries = {identifiers[old]: item for old, item in manifest["itemInfoEntries"].items()}
     manifest["itemInfoEntries"] = dict(sorted(entries.items()))
     manifest["rootModelIdentifier"] = identifiers[manifest["rootModelIdentifier"]]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.backend import Arrays, Evidence, Runner
-from qdeploy.backends.coreml.package import Interface, interface_of, read_specification
+from qdeploy.backends.coreml.package import PROBABILITIES, Interface, interface_of, read_specification
 from qdeploy.backends.coreml.tools import coremltools, quiet
 from qdeploy.errors import InputError, InternalError
 from qdeploy.model import ImageInput, TensorSpec
@@ -48,6 +48,10 @@ class PackageRunner(Runner):
                 raise InputError(f"The input {spec.name!r} {wrong or 'is missing'}.", cure)
         given = {name: self._given(name, inputs[spec.name], self._interface) for name, spec in taken.items()}
         outputs = self._predict(given)
+        if self._interface.labels:
+            outputs = {
+                name: _scores(outputs[PROBABILITIES], self._interface.labels) for name in self._interface.outputs
+            }
         return {spec.name: _as(outputs[name], spec) for name, spec in self._interface.outputs.items()}
 
     def _given(self, name: str, array: NDArray[Any], interface: Interface) -> NDArray[Any]:
@@ -85,7 +89,13 @@ class PackageRunner(Runner):
 def _as(output: Any, spec: TensorSpec) -> NDArray[Any]:
     """In the model's type; Core ML has no scalars, and gives vectors of one value."""
     array = np.asarray(output)
-    return (array if spec.shape else array.reshape(())).astype(spec.dtype)
+    surplus = tuple(range(array.ndim - len(spec.shape)))
+    return array.squeeze(surplus).astype(spec.dtype)
+
+
+def _scores(given: Any, labels: tuple[str, ...]) -> Any:
+    """A classifier's scores in the order of the labels: Core ML gives them by label."""
+    return [[given[label] for label in labels]] if isinstance(given, Mapping) else [given]
 
 
 class Interpreted(PackageRunner):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qdeploy.backends.coreml.call import Handler
 from qdeploy.backends.coreml.table import TABLE
 from qdeploy.errors import InputError
 from qdeploy.graph import constant
@@ -21,6 +22,15 @@ TYPES = ("FLOAT", "DOUBLE", "INT32", "INT64", "BOOL")
 
 STORED = ("INT8", "UINT8")
 """What stands between a QuantizeLinear and a DequantizeLinear."""
+
+
+FOLDED = frozenset(
+    {
+        *("DequantizeLinear", "Add", "Sub", "Mul", "Div", "Sqrt", "Pow", "ReduceL2", "ReduceSum"),
+        *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"),
+    }
+)
+"""Operators that MIL computes while it converts: torch writes a weight of weight_norm as a product and a quotient."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +72,35 @@ def _reasons(node: ir.Node) -> Iterator[str]:
         yield f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} is not in the table"
         return
     handler = TABLE[node.op_type]
-    for name in node.attributes:
-        if name not in handler.attributes:
-            yield f"its attribute {name} is not honoured"
-    for index in handler.constants:
-        if index < len(node.inputs) and node.inputs[index] is not None and not _is_constant(node.inputs[index]):
-            yield f"its input {index} ({_name(node.inputs[index])!r}) must be constant"
-    for index in handler.shapes:
-        value = node.inputs[index]
-        if value is not None and value.is_graph_input():
-            yield f"its shape ({value.name!r}) is an input of the model (make it constant, or compute it from shapes)"
+    yield from (f"its attribute {name} is not honoured" for name in node.attributes if name not in handler.attributes)
+    yield from _of_inputs(node, handler)
     for value in node.outputs[handler.outputs :]:
         if value.uses() or value.is_graph_output():
             yield f"its output {value.name!r} cannot be computed"
     for value in (*node.inputs, *node.outputs):
         if value is not None:
             yield from _of_value(node, value)
-    if not any(value is not None and value.shape is None for value in node.inputs[:1]):
-        yield from handler.objections(node)
+    yield from handler.objections(node)
+
+
+def _of_inputs(node: ir.Node, handler: Handler) -> Iterator[str]:
+    """Inputs that must be constant, or computed from shapes, and are not."""
+    given = {index: value for index, value in enumerate(node.inputs) if value is not None}
+    for index in handler.constants:
+        if index in given and not _is_constant(given[index]):
+            yield f"its input {index} ({given[index].name!r}) must be constant"
+    for index in handler.shapes:
+        if index in given and given[index].is_graph_input():
+            name = given[index].name
+            yield f"its shape ({name!r}) is an input of the model (make it constant, or compute it from shapes)"
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    """Constant itself, or integers behind a DequantizeLinear."""
-    producer = value.producer() if value is not None else None
-    return constant(producer.inputs[0] if producer and producer.op_type == "DequantizeLinear" else value) is not None
+    """Constant itself, integers behind a DequantizeLinear, or what MIL computes of constants by itself."""
+    if value is None or constant(value) is not None:
+        return True
+    producer = value.producer()
+    return producer is not None and producer.op_type in FOLDED and all(map(_is_constant, producer.inputs))
 
 
 def _of_value(node: ir.Node, value: ir.Value) -> Iterator[str]:
@@ -99,7 +114,3 @@ def _of_value(node: ir.Node, value: ir.Value) -> Iterator[str]:
         yield f"{value.name!r} has {len(value.shape)} dimensions; Core ML takes at most {LARGEST_RANK}"
     if any(dim == 0 for dim in value.shape) and constant(value) is None:
         yield f"{value.name!r} is empty"
-
-
-def _name(value: ir.Value | None) -> str:
-    return str(value.name) if value is not None else ""

@@ -38,6 +38,8 @@ def coremltools() -> ModuleType:
             import coremltools as ct
             from coremltools.libmilstoragepython import _BlobStorageWriter  # noqa: F401 - weights cannot be written without
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"Core ML needs {error.name}, which is not installed.", f"Install it: {INSTALL}") from error
+        raise UnavailableError(
+            f"Core ML needs {error.name}, which is not installed.", f"Install it: {INSTALL}"
+        ) from error
     module: ModuleType = ct
     return module

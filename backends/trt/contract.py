@@ -102,8 +102,8 @@ INT8_RULES = (
 _FP16_ADVICE = "FP16 halves what layers and plan hold, on every GPU; no latency was measured, as no GPU was at hand."
 _INT8_ADVICE = (
     "INT8 cuts weights to a quarter. On TensorRT-RTX, INT8 convolutions write float32 and requantize in a kernel of "
-    "their own: the layers of a ResNet-50 move as many bytes as FP32's, twice those of FP16, so that fp16 is the one to try "
-    "first for speed. Not measured: any latency, and TensorRT itself; compare precisions on the device."
+    "their own: the layers of a ResNet-50 move as many bytes as FP32's, twice those of FP16, so that fp16 is the "
+    "first to try for speed. Not measured: any latency, and TensorRT itself; compare precisions on the device."
 )
 
 CONTRACTS = {

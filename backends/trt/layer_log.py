@@ -27,8 +27,18 @@ TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatyp
 NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|\[ONNX Layer: |\s*$)")
 
 TYPES = {
-    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "FP4": "fp4", "E8M0": "e8m0",
-    "Int4": "int4", "Int8": "int8", "Int32": "int32", "Int64": "int64", "UInt8": "uint8", "Bool": "bool",
+    "Float": "fp32",
+    "Half": "fp16",
+    "BFloat16": "bf16",
+    "FP8": "fp8",
+    "FP4": "fp4",
+    "E8M0": "e8m0",
+    "Int4": "int4",
+    "Int8": "int8",
+    "Int32": "int32",
+    "Int64": "int64",
+    "UInt8": "uint8",
+    "Bool": "bool",
 }
 """The log's names of data types → those of layers.json."""
 

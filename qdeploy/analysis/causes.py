@@ -1,14 +1,15 @@
-"""Why a layer loses more than 8 bits should cost: one rule a cause, and the flag that mends it.
+"""Why a layer loses more than its bits should cost: one rule a cause, and the flag that mends it.
 
 The rules ask how many of its levels a typical value can use. By theory (6.02·bits + 4.77 − 20·log10(peak / rms) dB),
-16 levels, four bits, leave a signal whose peak is four times its rms some 17 dB: a tensor whose typical channel, or whose
-bulk, has fewer is lost, whatever the rest of it does. The SQNR of the whole tensor does not show it, since the large
-channel or the outlier that takes the levels also brings the energy.
+16 levels, four bits, leave a signal whose peak is four times its rms some 17 dB: a tensor whose typical channel, or
+whose bulk, has fewer is lost, whatever the rest of it does. The SQNR of the whole tensor does not show it, since the
+large channel or the outlier that takes the levels also brings the energy.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,15 @@ if TYPE_CHECKING:
 FEWEST_LEVELS = 16.0
 """Four bits: see above."""
 
-BULK_TAIL = 0.001
-"""Share of a tensor's values beyond each end of its bulk."""
+BULK = 99.0
+"""Percentage of a tensor's values that are its bulk, half of the rest on either side."""
+
+PERCENTILES = (99.999, 99.99, 99.9)
+"""What outliers are clipped by, if that is enough; less would clip other tensors to pieces."""
+
+MASK = 1000.0
+MASK_GAP = 100.0
+"""A mask is at least this far below zero, and this many times as far as any other value."""
 
 SHIFT_SHARE = 0.5
 SHIFT_DB = 30.0
@@ -40,17 +48,20 @@ class Cause:
     """Why a layer loses.
 
     Attributes:
-        kind: "weight channels", "activation channels", "outliers", "bias shift" or "non-finite".
-        tensor: The constant or the activation at fault.
-        written_by: The node that writes the activation; empty for constants and model inputs.
+        kind: "weight channels", "activation channels", "outliers", "mask", "bias shift" or "non-finite".
+        layer: The layer at fault: that of the weights, or the one that writes the activation; for a model input, the
+            one that reads it.
+        loses: The layer whose operand it is, and which loses by it.
+        tensor: The constant or the activation.
         levels: How many levels a typical channel, or the bulk, has; None where that is not the cause.
         explanation: One sentence.
         flag: What to add to the command line.
     """
 
     kind: str
+    layer: str
+    loses: str
     tensor: str
-    written_by: str
     levels: float | None
     explanation: str
     flag: str
@@ -58,7 +69,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a layer: SQNR in dB of all of its own error and of its weights' part, and that part's shift."""
+    """What was measured of a layer: SQNR in dB of its own error and of the weights' part; the shift's share of that."""
 
     own_db: float
     weights_db: float | None
@@ -67,8 +78,8 @@ class Measured:
 
 def causes_of(
     layer: Layer, graph: ir.Model, plan: QuantPlan, statistics: Statistics, measured: Measured
-) -> tuple[Cause, ...]:
-    """Every rule that finds a cause for a layer's error, the gravest first.
+) -> Iterator[Cause]:
+    """Every rule that finds a cause for a layer's error.
 
     Args:
         layer: Of the plan.
@@ -77,97 +88,124 @@ def causes_of(
         statistics: Of the plan's model.
         measured: The layer's error.
     """
-    found: list[Cause | None] = []
     if measured.own_db == -math.inf:
         what = "Its rounded operands give NaN or infinite values."
-        found.append(Cause("non-finite", layer.result, layer.name, None, what, f"--keep {layer.name}"))
-    for name in layer.weights:
-        array = plan.replaced.get(name, questions.constant(graph.graph.initializers[name]))
-        assert array is not None
-        found.append(_weight_channels(name, array, plan.weights[name], layer, graph))
+        yield Cause("non-finite", layer.name, layer.name, layer.result, None, what, f"--keep {layer.name}")
+    yield from _weight_channels(layer, graph, plan)
     for name in layer.inputs:
-        tensor, grid = statistics.tensors.get(name), plan.activations[name]
+        tensor = statistics.tensors.get(name)
         if tensor is not None and tensor.count:
-            writer = _writer(graph, name)
-            found.append(_outliers(tensor, grid, writer) or _activation_channels(tensor, grid, writer))
-    found.append(_bias_shift(layer, measured))
-    return tuple(cause for cause in found if cause is not None)
+            operand = _Operand(layer.name, _writer(graph, name), tensor, float(plan.activations[name].scale))
+            yield from _mask(operand) or _outliers(operand) or _activation_channels(operand)
+    yield from _bias_shift(layer, measured)
 
 
-def _weight_channels(name: str, weight: NDArray[np.float32], grid: Affine, layer: Layer, graph: ir.Model) -> Cause | None:
+def _weight_channels(layer: Layer, graph: ir.Model, plan: QuantPlan) -> Iterator[Cause]:
     """One scale for channels of very different ranges: only the largest uses the grid."""
-    if grid.axis is not None or weight.ndim < 2:
-        return None
     node = next(node for node in graph.graph if node.name == layer.name)
-    if not questions.has_weight(node):
-        return None
-    peaks = channel_peaks(weight, questions.weight_channel_axis(node))
-    levels = _typical(2.0 * peaks / float(grid.scale))
-    if levels >= FEWEST_LEVELS:
-        return None
-    largest = int(peaks.argmax())
-    what = (
-        f"Channel {largest} of {name!r} reaches {_times(peaks)} as far as the channel in the middle, which has "
-        f"{levels:.1f} levels left under one scale for all."
-    )
-    return Cause("weight channels", name, "", levels, what, "--granularity per-channel, or --recover equalization")
+    weight = questions.weight_of(node)
+    name = questions.name_of(node.inputs[1]) if weight is not None else ""
+    if weight is None or name not in plan.weights or plan.weights[name].axis is not None:
+        return
+    peaks = channel_peaks(plan.replaced.get(name, weight), questions.weight_channel_axis(node))
+    levels = _typical(2.0 * peaks / float(plan.weights[name].scale))
+    if levels < FEWEST_LEVELS:
+        what = (
+            f"Channel {int(peaks.argmax())} of {name!r} reaches {_times(peaks)} as far as the channel in the middle, "
+            f"which has {levels:.1f} levels left under one scale for all."
+        )
+        flag = "--granularity per-channel, or --recover equalization"
+        yield Cause("weight channels", layer.name, layer.name, name, levels, what, flag)
 
 
-def _activation_channels(tensor: TensorStatistics, grid: Affine, writer: str) -> Cause | None:
+@dataclass(frozen=True)
+class _Operand:
+    """An activation that a layer reads: who reads it, who writes it ("" for a model input), its values, its scale."""
+
+    reader: str
+    writer: str
+    tensor: TensorStatistics
+    scale: float
+
+    def cause(self, kind: str, levels: float | None, explanation: str, flag: str) -> list[Cause]:
+        return [Cause(kind, self.writer or self.reader, self.reader, self.tensor.name, levels, explanation, flag)]
+
+    @property
+    def keep(self) -> str:
+        """The flags that leave it float."""
+        return " ".join(f"--keep {name}" for name in (self.writer, self.reader) if name)
+
+
+def _activation_channels(operand: _Operand) -> list[Cause]:
     """One scale for an activation whose channels have very different ranges."""
+    tensor = operand.tensor
     seen = tensor.channel_count > 0
     low = np.minimum(tensor.channel_minimum[seen].astype(np.float64), 0.0)
     high = np.maximum(tensor.channel_maximum[seen].astype(np.float64), 0.0)
     widths = high - low
-    levels = _typical(widths / float(grid.scale))
+    levels = _typical(widths / operand.scale)
     if widths.size < 2 or levels >= FEWEST_LEVELS:
-        return None
-    largest = int(np.flatnonzero(seen)[widths.argmax()])
+        return []
     what = (
-        f"Channel {largest} of {tensor.name!r} ranges {_times(widths)} as far as the channel in the middle, which has "
-        f"{levels:.1f} levels left."
+        f"Channel {int(np.flatnonzero(seen)[widths.argmax()])} of {tensor.name!r} ranges {_times(widths)} as far as "
+        f"the channel in the middle, which has {levels:.1f} levels left."
     )
-    return Cause("activation channels", tensor.name, writer, levels, what, "--recover equalization")
+    flag = "--recover equalization" if operand.writer else operand.keep
+    return operand.cause("activation channels", levels, what, flag)
 
 
-def _outliers(tensor: TensorStatistics, grid: Affine, writer: str) -> Cause | None:
+def _outliers(operand: _Operand) -> list[Cause]:
     """A few values far from all others, which the range covers."""
-    low, high = bulk(tensor)
-    width = high - low
-    levels = width / float(grid.scale)
-    if width == 0.0 or levels >= FEWEST_LEVELS:
-        return None
-    peak = max(-tensor.minimum, tensor.maximum)
+    tensor = operand.tensor
+    low, high = interval(tensor, BULK)
+    levels = (high - low) / operand.scale
+    if low == high or levels >= FEWEST_LEVELS:
+        return []
     what = (
-        f"{tensor.name!r} reaches {peak:.3g}, while all but 0.2 % of its values lie from {low:.3g} to {high:.3g} and have "
-        f"{levels:.1f} levels left."
+        f"{tensor.name!r} reaches {max(tensor.minimum, tensor.maximum, key=abs):.3g}, while {BULK:g} % of its values "
+        f"lie from {low:.3g} to {high:.3g} and have {levels:.1f} levels left."
     )
-    percentile = 100.0 * (1.0 - 2.0 * BULK_TAIL)
-    return Cause("outliers", tensor.name, writer, levels, what, f"--reader percentile:{percentile:g}")
+    enough = (high - low) / FEWEST_LEVELS * 255.0
+    clipping = [p for p in PERCENTILES if (limits := interval(tensor, p)) and limits[1] - limits[0] <= enough]
+    flag = f"--reader percentile:{clipping[0]:g}, or {operand.keep}" if clipping else operand.keep
+    return operand.cause("outliers", levels, what, flag)
 
 
-def _bias_shift(layer: Layer, measured: Measured) -> Cause | None:
+def _mask(operand: _Operand) -> list[Cause]:
+    """A large negative number that stands for −∞, with nothing near it."""
+    bins = operand.tensor.bins
+    reach = np.maximum(np.abs(bins.low), np.abs(bins.high))
+    masked = bins.low <= -MASK
+    if not masked.any() or masked.all() or reach[masked].min() < MASK_GAP * reach[~masked].max():
+        return []
+    what = f"{operand.tensor.name!r} reaches {operand.tensor.minimum:.3g}, and every other value lies within "
+    what += f"±{reach[~masked].max():.3g}: a mask, which takes all levels."
+    return operand.cause("mask", None, what, operand.keep)
+
+
+def _bias_shift(layer: Layer, measured: Measured) -> Iterator[Cause]:
     """Rounded weights that move the mean of whole channels."""
     shift, loss = measured.bias_shift, measured.weights_db
-    if shift is None or loss is None or shift < SHIFT_SHARE or loss > SHIFT_DB:
-        return None
-    what = f"{100 * shift:.0f} % of the error of its rounded weights is a shift of whole channels."
-    return Cause("bias shift", layer.weights[0], "", None, what, "--recover bias-correction")
+    if shift is not None and loss is not None and shift >= SHIFT_SHARE and loss <= SHIFT_DB:
+        what = f"{100 * shift:.0f} % of the error of its rounded weights is a shift of whole channels."
+        flag = "--recover bias-correction"
+        yield Cause("bias shift", layer.name, layer.name, layer.weights[0], None, what, flag)
 
 
 def channel_peaks(weight: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
-    """max |w| of each channel, float64 [channels]."""
+    """Largest |w| of each channel, float64 [channels]."""
     others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     return np.asarray(np.abs(weight.astype(np.float64)).max(axis=others, initial=0.0))
 
 
-def bulk(tensor: TensorStatistics) -> tuple[float, float]:
-    """The interval that all but the outermost values lie in, zero included: 0.1 % are left out on each side."""
+def interval(tensor: TensorStatistics, percentage: float) -> tuple[float, float]:
+    """The limits that hold a percentage of the values, half of the rest beyond each; they include zero."""
     bins = tensor.bins
     below = np.cumsum(bins.count)
     edges = np.stack([bins.low, bins.high], axis=1).ravel()
     counts = np.stack([below - bins.count, below], axis=1).ravel()
-    low, high = np.interp([BULK_TAIL * below[-1], (1.0 - BULK_TAIL) * below[-1]], counts, edges)
+    tail = (1.0 - percentage / 100.0) / 2.0 * below[-1]
+    low, high = np.interp([tail, below[-1] - tail], counts, edges)
     return min(float(low), 0.0), max(float(high), 0.0)
 
 

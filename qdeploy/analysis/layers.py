@@ -38,24 +38,24 @@ class LayerError:
     Attributes:
         node: Its name.
         op_type: Its ONNX operator.
+        weight: Name of its first constant, which torch takes from the module; empty without any.
         theoretical_db: What rounding its operands should leave by theory.
         own_db: With its own operands rounded, and float values before it.
         weights_db: With its constants alone rounded; None without any.
         inputs_db: With the activations that it reads alone rounded; None if it reads none rounded.
         accumulated_db: Its result in the quantized model.
         bias_shift: Share of the weights' noise that is a shift of whole channels, which a bias can take back.
-        causes: Why it loses more than it should; empty where it does not.
     """
 
     node: str
     op_type: str
+    weight: str
     theoretical_db: float
     own_db: float
     weights_db: float | None
     inputs_db: float | None
     accumulated_db: float
     bias_shift: float | None
-    causes: tuple[Cause, ...]
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,15 @@ class LayerErrors:
         samples: How many samples were run.
         first_apart: The first layer whose accumulated SQNR is below 20 dB; None if there is none.
         layers: In graph order.
+        causes: Why layers lose more than their bits should cost; empty if none does.
         left_float: Operators with weights that the plan leaves float, and why.
     """
 
     samples: int
     first_apart: str | None
     layers: tuple[LayerError, ...]
+    causes: tuple[Cause, ...]
     left_float: Mapping[str, str]
-
-    @property
-    def culprits(self) -> tuple[LayerError, ...]:
-        """The layers with causes, the one that loses most by itself first."""
-        return tuple(sorted((each for each in self.layers if each.causes), key=lambda each: each.own_db))
 
 
 def layer_errors(
@@ -114,11 +111,16 @@ def layer_errors(
         on_sample()
     if count == 0:
         raise InputError("There are no samples to compare on.", "Give --calibration DATA.")
-    errors = tuple(each.error(graph, plan, statistics) for each in sums.values())
+    errors = tuple(each.error(theoretical_db(layer, graph, plan, statistics)) for layer, each in sums.items())
     apart = next((error.node for error in errors if error.accumulated_db < APART_DB), None)
+    causes: dict[tuple[str, str], Cause] = {}  # a tensor that several layers read is at fault once
+    for layer, error in zip(layers, errors, strict=True):
+        measured = Measured(error.own_db, error.weights_db, error.bias_shift)
+        for cause in causes_of(layer, graph, plan, statistics, measured):
+            causes.setdefault((cause.kind, cause.tensor), cause)
     left = {str(n.name): plan.nodes[str(n.name)].reason for n in graph.graph if questions.has_weight(n)}
     left = {name: reason for name, reason in left.items() if not plan.nodes[name].quantized}
-    return LayerErrors(count, apart, errors, left)
+    return LayerErrors(count, apart, errors, tuple(causes.values()), left)
 
 
 def _probe(graph: ir.Model, plan: QuantPlan, layers: tuple[Layer, ...]) -> Probe:
@@ -176,21 +178,20 @@ class _Sums:
             self._shift = self._shift + found[f"{name}:shift"].astype(np.float64)
             self._values += int(found[f"{name}:shift:size"])
 
-    def error(self, graph: ir.Model, plan: QuantPlan, statistics: Statistics) -> LayerError:
-        """The layer's error over all samples, and its causes."""
+    def error(self, theoretical: float) -> LayerError:
+        """The layer's error over all samples."""
         layer = self._layer
         decibels = {what: self._sqnr(what) for what in (ALL, *self._parts)}
-        own, shift = decibels[self._parts[0]], self._bias_shift()
         return LayerError(
             layer.name,
             layer.op_type,
-            theoretical_db(layer, graph, plan, statistics),
-            own,
+            layer.weight,
+            theoretical,
+            decibels[self._parts[0]],
             decibels.get(WEIGHTS),
             decibels.get(INPUTS),
             decibels[ALL],
-            shift,
-            causes_of(layer, graph, plan, statistics, Measured(own, decibels.get(WEIGHTS), shift)),
+            self._bias_shift(),
         )
 
     def _sqnr(self, what: str) -> float:

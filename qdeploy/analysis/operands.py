@@ -42,6 +42,11 @@ class Layer:
     weights: tuple[str, ...]
     inputs: tuple[str, ...]
 
+    @property
+    def weight(self) -> str:
+        """The first of its constants, by which a user may know it; empty without any."""
+        return self.weights[0] if self.weights else ""
+
 
 def layers_of(graph: ir.Model, plan: QuantPlan) -> tuple[Layer, ...]:
     """The plan's quantized operators that read something quantized, in graph order.
@@ -133,7 +138,7 @@ def _constants(graph: ir.Model, plan: QuantPlan) -> Iterator[tuple[str, NDArray[
 
 
 def at_bits(contract: QuantContract, bits: int) -> QuantContract:
-    """The same rules with integers of another width, and biases as they are: what a layer would lose there."""
+    """The same rules with integers of another width; then biases stay float, since none was planned for it."""
 
     def widened(scheme: Scheme | None) -> Scheme | None:
         return scheme and replace(scheme, integer=replace(scheme.integer, bits=bits))
@@ -142,7 +147,8 @@ def at_bits(contract: QuantContract, bits: int) -> QuantContract:
         inputs = {index: widened(scheme) for index, scheme in rule.inputs.items()}
         return replace(rule, inputs=inputs, output=widened(rule.output))
 
-    return replace(contract, bias="float", rules=tuple(map(changed, contract.rules)))
+    rules = tuple(map(changed, contract.rules))
+    return contract if rules == contract.rules else replace(contract, bias="float", rules=rules)
 
 
 def takes_bits(contract: QuantContract, bits: int) -> bool:

@@ -8,8 +8,8 @@ arXiv 2004.09602, section 4.1, calls it sensitivity analysis).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,13 @@ class LayerSensitivity:
     Attributes:
         node: Its name.
         op_type: Its ONNX operator.
+        weight: Name of its first constant, which torch takes from the module; empty without any.
         effects: By the type that its operands were stored in: "int4", "int8", "float16".
     """
 
     node: str
     op_type: str
+    weight: str
     effects: Mapping[str, Effect]
 
 
@@ -122,7 +124,7 @@ def sensitivity(
                 effects.setdefault(layer, {})[name] = outputs.effect()
     nearest = min(plans, key=_distance_from_8)
     ranked = sorted(effects, key=lambda layer: effects[layer][nearest].sqnr_db)
-    rows = tuple(LayerSensitivity(layer.name, layer.op_type, effects[layer]) for layer in ranked)
+    rows = tuple(LayerSensitivity(layer.name, layer.op_type, layer.weight, effects[layer]) for layer in ranked)
     return Sensitivity(count, metric.name if metric and reference.scored else None, reference.figure, rows)
 
 
@@ -167,6 +169,7 @@ class _Outputs:
         self._sums: dict[str, Difference] = {}
         self._divergence = 0.0
         self._rows = 0
+        self._broken = False  # a metric is not to be blamed for what it makes of NaN
 
     def add(self, reference: Found, outputs: Found, labels: NDArray[Any] | None) -> None:
         """Take one sample."""
@@ -177,7 +180,8 @@ class _Outputs:
         if expected.ndim == 2 and expected.shape[1] > 1 and expected.dtype.kind == "f":
             self._divergence += float(kl_divergence(expected, outputs[first]).sum())
             self._rows += len(expected)
-        if self._metric is not None and labels is not None and all(np.isfinite(a).all() for a in outputs.values()):
+        self._broken |= any(each.incomparable for each in self._sums.values())
+        if self._metric is not None and labels is not None and not self._broken:
             self._scorer = self._scorer or self._metric.scorer()
             self._scorer.add(outputs, labels)
 
@@ -188,9 +192,11 @@ class _Outputs:
 
     @property
     def figure(self) -> float | None:
-        """The metric's figure, if samples had labels."""
+        """The metric's figure, if samples had labels and every output could be compared."""
         scorer, metric = self._scorer, self._metric
-        return metric.figure(scorer.rows()) if metric is not None and scorer is not None else None
+        if metric is None or scorer is None or self._broken:
+            return None
+        return metric.figure(scorer.rows())
 
     def effect(self) -> Effect:
         """Over all samples."""

@@ -9,6 +9,7 @@ import typer
 from typer.main import get_command
 
 from qdeploy.cli import tell
+from qdeploy.cli.analyze import analyze
 from qdeploy.cli.backends import backends
 from qdeploy.cli.bench import bench
 from qdeploy.cli.calibrate import calibrate
@@ -18,7 +19,7 @@ from qdeploy.cli.parity import parity
 from qdeploy.cli.quantize import quantize
 from qdeploy.cli.report import report
 
-COMMANDS = (export, quantize, calibrate, inspect, parity, bench, report, backends)
+COMMANDS = (export, quantize, calibrate, analyze, inspect, parity, bench, report, backends)
 
 
 def run(arguments: Sequence[str]) -> int:

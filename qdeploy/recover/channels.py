@@ -45,7 +45,7 @@ def _with_group(node: ir.Node, weight: NDArray[Any]) -> Channels:
     """The channels along axis 1 of a weight whose rows belong to groups, counted on from group to group."""
     rows, in_group = weight.shape[:2]
     group = np.arange(rows) * node.attributes.get_int("group", 1) // rows
-    channels = group[:, None] * in_group + np.arange(in_group)
+    channels: Channels = group[:, None] * in_group + np.arange(in_group)
     return channels.reshape(rows, in_group, *[1] * (weight.ndim - 2))
 
 

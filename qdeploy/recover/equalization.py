@@ -132,13 +132,13 @@ def balancing_factors(pairs: Sequence[Pair]) -> list[NDArray[np.float64]]:
     factors = [np.ones(pair.number) for pair in pairs]
     for _ in range(ROUNDS):
         change = 0.0
-        for pair, factor in zip(pairs, factors, strict=True):
+        for place, pair in enumerate(pairs):
             first, second = peaks[str(pair.first.name)], peaks[str(pair.second.name)]
             outputs, inputs = channels.output_channels(pair.first, first), channels.input_channels(pair.second, second)
             step = _balance(channels.channel_peaks(first, outputs), channels.channel_peaks(second, inputs))
             first *= step[outputs]
             second /= step[inputs]
-            factor *= step
+            factors[place] *= step
             change = max(change, float(np.abs(np.log(step)).max()))
         if change < SETTLED:
             break
@@ -149,7 +149,7 @@ def _kernel_peaks(node: ir.Node) -> NDArray[np.float64]:
     """The largest magnitude of each kernel, float64 [rows, columns]: its places are scaled alike."""
     weight = questions.weight_of(node)
     assert weight is not None
-    return np.abs(weight).max(axis=tuple(range(2, weight.ndim))).astype(np.float64)
+    return np.asarray(np.abs(weight).max(axis=tuple(range(2, weight.ndim))), np.float64)
 
 
 def _balance(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,11 @@ from types import MappingProxyType
 from qdeploy.errors import InputError
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import bias_correction
+from qdeploy.recover.clipping import clipping
+from qdeploy.recover.equalization import equalization
+from qdeploy.recover.keep_edges import keep_edges
 from qdeploy.recover.recovery import Means, Recovery
+from qdeploy.recover.smoothquant import smoothquant
 from qdeploy.registry import suggestion
 from qdeploy.statistics import Statistics
 
@@ -21,7 +25,15 @@ def _of_plan(step: Callable[[QuantPlan, Statistics], QuantPlan]) -> RecoveryStep
     return lambda recovery: replace(recovery, plan=step(recovery.plan, recovery.statistics))
 
 
-STEPS: Mapping[str, RecoveryStep] = MappingProxyType({"bias-correction": _of_plan(bias_correction)})
+STEPS: Mapping[str, RecoveryStep] = MappingProxyType(
+    {
+        "bias-correction": _of_plan(bias_correction),
+        "equalization": equalization,
+        "smoothquant": smoothquant,
+        "clipping": _of_plan(clipping),
+        "keep-edges": keep_edges,
+    }
+)
 
 DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"int8": ("bias-correction",), "int8-fp16": ("bias-correction",)}

@@ -23,18 +23,18 @@ COLOURS = {"pass": "green", "fail": "bold red", "unavailable": "yellow"}
 def show(report: Report, file: IO[str]) -> None:
     """Print a report; colours only on a terminal, and only for the status."""
     console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
-    console.print(_text(f"{report.model.name}: {wording.verdict(report)}"))
+    console.print(plain(f"{report.model.name}: {wording.verdict(report)}"))
     console.print()
     console.print(_table(report))
     console.print()
     for line in _lines(report):
-        console.print(_text(line))
+        console.print(plain(line))
 
 
 def _table(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title in wording.columns(report.reference.metric):
-        table.add_column(_text(title), justify="left" if title in ("Target", "Status") else "right")
+        table.add_column(plain(title), justify="left" if title in ("Target", "Status") else "right")
     table.add_row(*map(_cell, wording.reference_cells(report)))
     for row in report.targets:
         table.add_row(*map(_cell, wording.target_cells(row)))
@@ -42,9 +42,9 @@ def _table(report: Report) -> Table:
 
 
 def _cell(cell: wording.Cell) -> Text:
-    text = _text(cell.main)
+    text = plain(cell.main)
     text.stylize(COLOURS.get(cell.main, ""))
-    return text.append("\n").append_text(_text(cell.below)) if cell.below else text
+    return text.append("\n").append_text(plain(cell.below)) if cell.below else text
 
 
 def _lines(report: Report) -> list[str]:
@@ -56,6 +56,6 @@ def _lines(report: Report) -> list[str]:
     return lines + [f"note: {note}" for note in report.notes]
 
 
-def _text(content: str) -> Text:
+def plain(content: str) -> Text:
     """Plain text: no markup is read from it, and no control sequence reaches the terminal."""
     return Text("".join(c if c.isprintable() or c == "\n" else "?" for c in content))

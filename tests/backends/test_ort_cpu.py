@@ -97,6 +97,9 @@ QUANTIZED = {
     "AveragePool padded": between("[n] z = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (c)"),
     "LeakyRelu": between("[n] z = LeakyRelu (c)"),
     "Sigmoid": between("[n] z = Sigmoid (c)"),
+    "Min with constants": between("b = Abs (k)\n[n] z = Min (c, b)", ", float[1,4,1,1] k"),
+    "Min with one constant": between("b = Constant <value_float=0.25> ()\n[n] z = Min (c, b)"),
+    "Min behind Relu": between("b = Abs (k)\n[r] r = Relu (c)\n[n] z = Min (r, b)", ", float[1,4,1,1] k"),
     "MaxPool": between("[n] z = MaxPool <kernel_shape=[2,2], strides=[2,2]> (c)"),
     **{
         f"Resize {mode}": between(
@@ -155,6 +158,29 @@ def test_a_pool_of_less_than_a_window_gives_what_its_qdq_graph_gives(tmp_path):
     fused = outputs_of(quantized.path, sample.inputs, "all")
 
     np.testing.assert_allclose(fused["y"], exact["y"], atol=0.05 * np.abs(exact["y"]).max())
+
+
+@pytest.mark.parametrize("case", ["Min with constants", "Min with one constant", "Min behind Relu"])
+def test_a_minimum_of_integers_is_that_of_its_qdq_graph(case, tmp_path):
+    backend, options = OrtCpu(), Options()
+    quantized = quantized_model(float_model(QUANTIZED[case], tmp_path), backend.contract("int8", options), tmp_path)
+    (tmp_path / "artifact").mkdir()
+    artifact = backend.lower(quantized, "int8", tmp_path / "artifact", options)
+
+    for sample in samples_for(quantized.float_model):
+        planned, lowered = (outputs_of(path, sample.inputs) for path in (quantized.path, artifact.path))
+        np.testing.assert_array_equal(planned["y"], lowered["y"])
+
+
+MINIMA = ["[n] z = Min (c, d)", "[n] z = Min (c, k, d)", "b = Constant <value_float=-0.25> ()\n[n] z = Min (c, b)"]
+
+
+@pytest.mark.parametrize("node", MINIMA)
+def test_a_minimum_of_computed_or_negative_values_stays_float(node, tmp_path):
+    layers, quantized = layers_of(between(node, ", float[1,4,1,1] k"), tmp_path)
+
+    assert "n" not in quantized
+    assert layers["n"].precision == "fp32"
 
 
 def test_every_rule_has_been_tried():

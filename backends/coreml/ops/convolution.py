@@ -26,12 +26,12 @@ def padding(call: Call, spatial: int) -> dict[str, Any]:
     auto = call.text("auto_pad", "NOTSET")
     if auto != "NOTSET":
         return {"pad_type": AUTO_PADS[auto]}
-    return {"pad_type": "custom", "pad": interleaved(call.ints("pads", [0] * 2 * spatial))}
+    return {"pad_type": "custom", "pad": interleaved(call.integers("pads", [0] * 2 * spatial))}
 
 
 def per_axis(call: Call, name: str, spatial: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     """An attribute with one number for each spatial axis, 1 by default."""
-    return np.array(call.ints(name, [1] * spatial), np.int32)
+    return np.array(call.integers(name, [1] * spatial), np.int32)
 
 
 def convolve(call: Call) -> Any:
@@ -43,7 +43,7 @@ def convolve(call: Call) -> Any:
         weight=call.weight(1),
         strides=per_axis(call, "strides", spatial),
         dilations=per_axis(call, "dilations", spatial),
-        groups=np.int32(call.int("group", 1)),
+        groups=np.int32(call.integer("group", 1)),
         **padding(call, spatial),
         **bias,
     )
@@ -54,16 +54,19 @@ def transposed_pads(call: Call, spatial: int) -> tuple[list[int], list[int]]:
 
     The full result has (d − 1)·stride + (k − 1)·dilation + 1 values along an axis (ONNX, ConvTranspose).
     """
-    extra = call.ints("output_padding", [0] * spatial)
-    auto, wanted = call.text("auto_pad", "NOTSET"), call.ints("output_shape", [])[-spatial:]
+    extra = call.integers("output_padding", [0] * spatial)
+    auto, wanted = call.text("auto_pad", "NOTSET"), call.integers("output_shape", [])[-spatial:]
     if auto in ("NOTSET", "VALID") and not wanted:
-        pads = call.ints("pads", [0] * 2 * spatial)
+        pads = call.integers("pads", [0] * 2 * spatial)
         return pads[:spatial], [end - more for end, more in zip(pads[spatial:], extra, strict=True)]
     sizes, strides = call.shape(0)[2:], per_axis(call, "strides", spatial)
     wanted = wanted or [int(size * stride) for size, stride in zip(sizes, strides, strict=True)]
     kernels = (np.array(call.shape(1)[2:]) - 1) * per_axis(call, "dilations", spatial) + 1
     total = [(d - 1) * s + k - w for d, s, k, w in zip(sizes, strides, kernels, wanted, strict=True)]
-    begin = [int(t + e) // 2 if auto == "SAME_UPPER" else int(t + e) - int(t + e) // 2 for t, e in zip(total, extra, strict=True)]
+    begin = [
+        int(t + e) // 2 if auto == "SAME_UPPER" else int(t + e) - int(t + e) // 2
+        for t, e in zip(total, extra, strict=True)
+    ]
     return begin, [int(t) - b for t, b in zip(total, begin, strict=True)]
 
 
@@ -82,7 +85,7 @@ def convolve_transposed(call: Call) -> Any:
         weight=call.weight(1),
         strides=per_axis(call, "strides", spatial),
         dilations=per_axis(call, "dilations", spatial),
-        groups=np.int32(call.int("group", 1)),
+        groups=np.int32(call.integer("group", 1)),
         pad_type="custom",
         pad=interleaved([*(max(0, b) for b in begin), *(max(0, e) for e in end)]),
         **bias,

@@ -56,9 +56,7 @@ def divide(call: Call) -> Any:
 def power(call: Call) -> Any:
     """A power of floats; integers are cast and cast back."""
     mb = call.mb
-    x, y = (
-        call.var(i) if call.kind(i) == "float" else mb.cast(x=call.variable(i), dtype="fp32") for i in range(2)
-    )
+    x, y = (call.var(i) if call.kind(i) == "float" else mb.cast(x=call.variable(i), dtype="fp32") for i in range(2))
     result = mb.pow(x=x, y=y)
     return result if call.kind(0) == "float" else mb.cast(x=result, dtype="int32")
 
@@ -71,7 +69,7 @@ def truncate(mb: Any, x: Any) -> Any:
 def modulo(call: Call) -> Any:
     """fmod=0: the sign of the divisor, as MIL's mod; fmod=1: that of the dividend."""
     mb, x, y = call.mb, call.var(0), call.var(1)
-    if not call.int("fmod", 0):
+    if not call.integer("fmod", 0):
         return mb.mod(x=x, y=y)
     return mb.sub(x=x, y=mb.mul(x=y, y=truncate(mb, mb.real_div(x=x, y=y))))
 
@@ -104,7 +102,7 @@ def where(call: Call) -> Any:
             whole = mb.fill_like(ref_tensor=cond, value=value.reshape(())[()])
             return mb.select(cond=cond, **{"a": a, "b": b, place: whole})
     if call.kind(1) == "bool":
-        a = mb.logical_or(x=a, y=mb.logical_and(x=cond, y=np.bool_(False)))  # noqa: FBT003 - numpy's own
+        a = mb.logical_or(x=a, y=mb.logical_and(x=cond, y=np.bool_(False)))
     else:
         kind, zero = ("fp32", ZERO) if call.kind(1) == "float" else ("int32", np.int32(0))
         a = mb.add(x=a, y=mb.mul(x=mb.cast(x=cond, dtype=kind), y=zero))
@@ -121,9 +119,9 @@ def is_inf(call: Call) -> Any:
     mb, x = call.mb, call.var(0)
     up = mb.equal(x=x, y=np.float32(np.inf))
     down = mb.equal(x=x, y=np.float32(-np.inf))
-    if not call.int("detect_negative", 1):
+    if not call.integer("detect_negative", 1):
         return up
-    return mb.logical_or(x=up, y=down) if call.int("detect_positive", 1) else down
+    return mb.logical_or(x=up, y=down) if call.integer("detect_positive", 1) else down
 
 
 def is_inf_objections(node: ir.Node) -> Iterator[str]:
@@ -140,7 +138,7 @@ def cast(call: Call) -> Any:
     """Between floats, integers and flags; what is not zero is true."""
     import onnx_ir as ir
 
-    target = CASTS[ir.DataType(call.int("to", 0)).name]
+    target = CASTS[ir.DataType(call.integer("to", 0)).name]
     x = call.variable(0)
     if {"fp32": "float", "int32": "int", "bool": "bool"}[target] == call.kind(0):
         return x
@@ -178,34 +176,34 @@ def parametric_relu(call: Call) -> Any:
 
 def leaky_relu(call: Call) -> Any:
     """With alpha as the slope below zero."""
-    return call.mb.leaky_relu(x=call.var(0), alpha=np.float32(call.float("alpha", 0.01)))
+    return call.mb.leaky_relu(x=call.var(0), alpha=np.float32(call.number("alpha", 0.01)))
 
 
 def elu(call: Call) -> Any:
     """α · (exp(x) − 1) below zero."""
-    return call.mb.elu(x=call.var(0), alpha=np.float32(call.float("alpha", 1.0)))
+    return call.mb.elu(x=call.var(0), alpha=np.float32(call.number("alpha", 1.0)))
 
 
 def selu(call: Call) -> Any:
     """γ times the elu."""
-    alpha, gamma = call.float("alpha", 1.6732632), call.float("gamma", 1.0507010)
+    alpha, gamma = call.number("alpha", 1.6732632), call.number("gamma", 1.0507010)
     return call.mb.mul(x=call.mb.elu(x=call.var(0), alpha=np.float32(alpha)), y=np.float32(gamma))
 
 
 def celu(call: Call) -> Any:
     """α · elu(x / α)."""
-    mb, alpha = call.mb, np.float32(call.float("alpha", 1.0))
+    mb, alpha = call.mb, np.float32(call.number("alpha", 1.0))
     return mb.mul(x=mb.elu(x=mb.real_div(x=call.var(0), y=alpha), alpha=ONE), y=alpha)
 
 
 def hard_sigmoid(call: Call) -> Any:
     """α · x + β between 0 and 1."""
-    alpha, beta = np.float32(call.float("alpha", 0.2)), np.float32(call.float("beta", 0.5))
+    alpha, beta = np.float32(call.number("alpha", 0.2)), np.float32(call.number("beta", 0.5))
     return call.mb.sigmoid_hard(x=call.var(0), alpha=alpha, beta=beta)
 
 
 def hard_swish(call: Call) -> Any:
-    """x times a hard sigmoid of slope 1/6."""
+    """X times a hard sigmoid of slope 1/6."""
     gate = call.mb.sigmoid_hard(x=call.var(0), alpha=np.float32(1 / 6), beta=np.float32(0.5))
     return call.mb.mul(x=call.var(0), y=gate)
 
@@ -217,31 +215,31 @@ def gelu(call: Call) -> Any:
 
 
 def mish(call: Call) -> Any:
-    """x · tanh(softplus(x))."""
+    """X · tanh(softplus(x))."""
     return call.mb.mul(x=call.var(0), y=call.mb.tanh(x=call.mb.softplus(x=call.var(0))))
 
 
 def swish(call: Call) -> Any:
-    """x · sigmoid(α · x)."""
-    scaled = call.mb.mul(x=call.var(0), y=np.float32(call.float("alpha", 1.0)))
+    """X · sigmoid(α · x)."""
+    scaled = call.mb.mul(x=call.var(0), y=np.float32(call.number("alpha", 1.0)))
     return call.mb.mul(x=call.var(0), y=call.mb.sigmoid(x=scaled))
 
 
 def thresholded_relu(call: Call) -> Any:
-    """x above α, and 0 at it and below."""
+    """X above α, and 0 at it and below."""
     mb, x = call.mb, call.var(0)
-    return mb.select(cond=mb.greater(x=x, y=np.float32(call.float("alpha", 1.0))), a=x, b=ZERO)
+    return mb.select(cond=mb.greater(x=x, y=np.float32(call.number("alpha", 1.0))), a=x, b=ZERO)
 
 
 def softmax(call: Call) -> Any:
     """Along one axis."""
-    return call.mb.softmax(x=call.var(0), axis=np.int32(call.int("axis", -1)))
+    return call.mb.softmax(x=call.var(0), axis=np.int32(call.integer("axis", -1)))
 
 
 def log_softmax(call: Call) -> Any:
-    """x − log Σ exp(x), which does not underflow as the logarithm of a softmax would."""
+    """X − log Σ exp(x), which does not underflow as the logarithm of a softmax would."""
     mb, x = call.mb, call.var(0)
-    total = mb.reduce_log_sum_exp(x=x, axes=np.array([call.int("axis", -1)], np.int32), keep_dims=True)
+    total = mb.reduce_log_sum_exp(x=x, axes=np.array([call.integer("axis", -1)], np.int32), keep_dims=True)
     return mb.sub(x=x, y=total)
 
 
@@ -261,11 +259,29 @@ HANDLERS = {
     **{
         name: Handler(unary(operation))
         for name, operation in {
-            **{"Abs": "abs", "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Sign": "sign", "Erf": "erf"},
-            **{"Floor": "floor", "Ceil": "ceil", "Round": "round"},
-            **{"Sin": "sin", "Cos": "cos", "Tan": "tan", "Asin": "asin", "Acos": "acos", "Atan": "atan"},
-            **{"Sinh": "sinh", "Cosh": "cosh", "Tanh": "tanh", "Atanh": "atanh"},
-            **{"Relu": "relu", "Sigmoid": "sigmoid", "Softplus": "softplus", "Softsign": "softsign"},
+            "Abs": "abs",
+            "Sqrt": "sqrt",
+            "Exp": "exp",
+            "Log": "log",
+            "Sign": "sign",
+            "Erf": "erf",
+            "Floor": "floor",
+            "Ceil": "ceil",
+            "Round": "round",
+            "Sin": "sin",
+            "Cos": "cos",
+            "Tan": "tan",
+            "Asin": "asin",
+            "Acos": "acos",
+            "Atan": "atan",
+            "Sinh": "sinh",
+            "Cosh": "cosh",
+            "Tanh": "tanh",
+            "Atanh": "atanh",
+            "Relu": "relu",
+            "Sigmoid": "sigmoid",
+            "Softplus": "softplus",
+            "Softsign": "softsign",
             "Not": "logical_not",
         }.items()
     },

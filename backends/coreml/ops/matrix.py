@@ -22,9 +22,9 @@ def multiply(call: Call) -> Any:
 
 
 def gemm(call: Call) -> Any:
-    """alpha · A · B + beta · C, each of A and B transposed on demand."""
-    mb, alpha, beta = call.mb, call.float("alpha", 1.0), call.float("beta", 1.0)
-    transposed_a, transposed_b = bool(call.int("transA", 0)), bool(call.int("transB", 0))
+    """Alpha · A · B + beta · C, each of A and B transposed on demand."""
+    mb, alpha, beta = call.mb, call.number("alpha", 1.0), call.number("beta", 1.0)
+    transposed_a, transposed_b = bool(call.integer("transA", 0)), bool(call.integer("transB", 0))
     x = call.var(0) if alpha == 1 else mb.mul(x=call.var(0), y=np.float32(alpha))
     if call.constant(1) is None or call.constant(0) is not None:
         product = mb.matmul(x=x, y=call.var(1), transpose_x=transposed_a, transpose_y=transposed_b)

@@ -20,12 +20,12 @@ def _affine(call: Call) -> dict[str, Any]:
 
 
 def _epsilon(call: Call) -> np.float32:
-    return np.float32(call.float("epsilon", 1e-5))
+    return np.float32(call.number("epsilon", 1e-5))
 
 
 def _last_axes(call: Call) -> NDArray[np.int32]:
     rank = call.rank(0)
-    return np.arange(call.int("axis", -1) % rank, rank, dtype=np.int32)
+    return np.arange(call.integer("axis", -1) % rank, rank, dtype=np.int32)
 
 
 def layer_norm(call: Call) -> Any:
@@ -45,7 +45,7 @@ def layer_norm(call: Call) -> Any:
 
 
 def rms_norm(call: Call) -> Any:
-    """x / √(mean(x²) + ε), times a factor."""
+    """X / √(mean(x²) + ε), times a factor."""
     mb, x = call.mb, call.var(0)
     square = mb.reduce_mean(x=mb.square(x=x), axes=_last_axes(call), keep_dims=True)
     return mb.mul(x=mb.mul(x=x, y=mb.rsqrt(x=square, epsilon=_epsilon(call))), y=call.var(1))
@@ -65,7 +65,7 @@ def instance_objections(node: ir.Node) -> Iterator[str]:
 
 def batch_norm(call: Call) -> Any:
     """With the statistics of training, each channel by a factor and a shift."""
-    if call.int("training_mode", 0):
+    if call.integer("training_mode", 0):
         return batch_norm_in_training(call)
     mb, (scale, shift, mean, variance) = call.mb, [call.known(i).astype(np.float64) for i in range(1, 5)]
     wide = [-1, *[1] * (call.rank(0) - 2)]
@@ -83,7 +83,7 @@ def batch_norm_in_training(call: Call) -> Any:
 
     y = (x − mean) / √(variance + ε) · scale + shift; running' = running · momentum + batch's · (1 − momentum)
     """
-    mb, x, momentum = call.mb, call.var(0), np.float32(call.float("momentum", 0.9))
+    mb, x, momentum = call.mb, call.var(0), np.float32(call.number("momentum", 0.9))
     axes = np.array([axis for axis in range(call.rank(0)) if axis != 1], np.int32)
     wide = [-1, *[1] * (call.rank(0) - 2)]
     mean = mb.reduce_mean(x=x, axes=axes, keep_dims=True)
@@ -105,7 +105,7 @@ def group_norm(call: Call) -> Any:
 
     x [N, C, ...] ─► reshape [N, G, -1] ─► layer_norm ─► reshape [N, C, ...] ─► mul ─► add
     """
-    mb, x, groups = call.mb, call.var(0), call.int("num_groups", 1)
+    mb, x, groups = call.mb, call.var(0), call.integer("num_groups", 1)
     dims = call.shape(0)
     parts = mb.reshape(x=x, shape=np.array([-1, groups, np.prod(dims[1:], dtype=np.int64) // groups], np.int32))
     normal = mb.layer_norm(x=parts, axes=np.array([2], np.int32), epsilon=_epsilon(call))
@@ -127,8 +127,8 @@ def group_norm_objections(node: ir.Node) -> Iterator[str]:
 def lp_norm(call: Call) -> Any:
     """Divided by the length along one axis; what has no length stays zero."""
     mb, x = call.mb, call.var(0)
-    reduce = mb.reduce_l1_norm if call.int("p", 2) == 1 else mb.reduce_l2_norm
-    length = reduce(x=x, axes=np.array([call.int("axis", -1)], np.int32), keep_dims=True)
+    reduce = mb.reduce_l1_norm if call.integer("p", 2) == 1 else mb.reduce_l2_norm
+    length = reduce(x=x, axes=np.array([call.integer("axis", -1)], np.int32), keep_dims=True)
     return mb.real_div(x=x, y=mb.select(cond=mb.equal(x=length, y=np.float32(0)), a=np.float32(1), b=length))
 
 
@@ -136,10 +136,10 @@ def local_response_norm(call: Call) -> Any:
     """Each value by those of the neighbouring channels."""
     return call.mb.local_response_norm(
         x=call.var(0),
-        size=np.int32(call.int("size", 1)),
-        alpha=np.float32(call.float("alpha", 1e-4)),
-        beta=np.float32(call.float("beta", 0.75)),
-        k=np.float32(call.float("bias", 1.0)),
+        size=np.int32(call.integer("size", 1)),
+        alpha=np.float32(call.number("alpha", 1e-4)),
+        beta=np.float32(call.number("beta", 0.75)),
+        k=np.float32(call.number("bias", 1.0)),
     )
 
 
@@ -148,9 +148,7 @@ HANDLERS = {
     "RMSNormalization": Handler(rms_norm, ("axis", "epsilon", "stash_type"), (1,)),
     "InstanceNormalization": Handler(instance_norm, ("epsilon",), (1, 2), instance_objections),
     "BatchNormalization": Handler(batch_norm, ("epsilon", "momentum", "training_mode"), (1, 2, 3, 4), outputs=3),
-    "GroupNormalization": Handler(
-        group_norm, ("epsilon", "num_groups", "stash_type"), (1, 2), group_norm_objections
-    ),
+    "GroupNormalization": Handler(group_norm, ("epsilon", "num_groups", "stash_type"), (1, 2), group_norm_objections),
     "LpNormalization": Handler(lp_norm, ("axis", "p")),
     "LRN": Handler(local_response_norm, ("alpha", "beta", "bias", "size")),
 }

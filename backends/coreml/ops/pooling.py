@@ -20,7 +20,7 @@ def _window(call: Call) -> dict[str, Any]:
     spatial = call.rank(0) - 2
     ceil = {"ceil_mode": True} if rounds_up(call.node) else {}
     return {
-        "kernel_sizes": np.array(call.ints("kernel_shape", []), np.int32),
+        "kernel_sizes": np.array(call.integers("kernel_shape", []), np.int32),
         "strides": per_axis(call, "strides", spatial),
         **padding(call, spatial),
         **ceil,
@@ -34,7 +34,7 @@ def max_pool(call: Call) -> Any:
 
 def average_pool(call: Call) -> Any:
     """The mean of each window, with or without the padding."""
-    exclude = not call.int("count_include_pad", 0)
+    exclude = not call.integer("count_include_pad", 0)
     return call.mb.avg_pool(x=call.var(0), exclude_padding_from_average=exclude, **_window(call))
 
 
@@ -42,7 +42,9 @@ def rounds_up(node: ir.Node) -> bool:
     """Whether ceil_mode changes anything: not where the windows fill every axis exactly."""
     if not node.attributes.get_int("ceil_mode", 0):
         return False
-    sizes = list(node.inputs[0].shape)[2:] if node.inputs[0] is not None and node.inputs[0].shape is not None else [None]
+    sizes = (
+        list(node.inputs[0].shape)[2:] if node.inputs[0] is not None and node.inputs[0].shape is not None else [None]
+    )
     kernel = node.attributes.get_ints("kernel_shape", [])
     strides = node.attributes.get_ints("strides", [1] * len(kernel))
     pads = node.attributes.get_ints("pads", [0] * 2 * len(kernel))

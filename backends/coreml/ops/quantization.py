@@ -23,7 +23,7 @@ def grid(call: Call, integer: str) -> tuple[NDArray[np.float32], NDArray[Any], i
     zero_point = call.known(2) if call.has(2) else np.zeros(scale.shape, integer)
     if scale.size == 1:
         return scale.reshape(()), zero_point.reshape(()), None
-    return scale, zero_point, call.int("axis", 1) % call.rank(0)
+    return scale, zero_point, call.integer("axis", 1) % call.rank(0)
 
 
 def quantize(call: Call) -> Any:

@@ -34,7 +34,9 @@ def of_direction(operand: Operand, direction: int, order: Sequence[int]) -> Oper
     if not isinstance(operand, IntegerConstant):
         return chosen
     if operand.axis == 0:  # a scale for each direction
-        return replace(operand, data=chosen, scale=operand.scale[direction], zero_point=operand.zero_point[direction], axis=None)
+        return replace(
+            operand, data=chosen, scale=operand.scale[direction], zero_point=operand.zero_point[direction], axis=None
+        )
     if operand.axis is None:
         return replace(operand, data=chosen)
     if operand.axis == 1:
@@ -53,7 +55,7 @@ def biases(call: Call, direction: int, order: Sequence[int], hidden: int) -> tup
 def sequence_first(call: Call) -> Any:
     """Input 0 as [steps, batch, features]."""
     x = call.var(0)
-    return call.mb.transpose(x=x, perm=np.array([1, 0, 2], np.int32)) if call.int("layout", 0) else x
+    return call.mb.transpose(x=x, perm=np.array([1, 0, 2], np.int32)) if call.integer("layout", 0) else x
 
 
 def initial_state(call: Call, index: int, x: Any, hidden: int, directions: int) -> Any:
@@ -62,7 +64,7 @@ def initial_state(call: Call, index: int, x: Any, hidden: int, directions: int) 
     if not call.has(index):
         return mb.fill(shape=vector(mb, [dimension(mb, x, 1), directions * hidden]), value=np.float32(0))
     state = call.variable(index)
-    if not call.int("layout", 0):
+    if not call.integer("layout", 0):
         state = mb.transpose(x=state, perm=np.array([1, 0, 2], np.int32))
     return mb.reshape(x=state, shape=np.array([-1, directions * hidden], np.int32))
 
@@ -78,7 +80,7 @@ def by_direction(call: Call, state: Any, directions: int, axis: int) -> Any:
 
 def results(call: Call, y: Any, states: Sequence[Any], directions: int) -> tuple[Any, ...]:
     """The sequence [steps, batch, ...] and the last states [batch, ...] in the layout that the node has."""
-    layout = call.int("layout", 0)
+    layout = call.integer("layout", 0)
     y = by_direction(call, y, directions, 2 if layout else 1)
     y = call.mb.transpose(x=y, perm=np.array([1, 0, 2, 3], np.int32)) if layout else y
     return (y, *(by_direction(call, state, directions, layout) for state in states))
@@ -86,7 +88,7 @@ def results(call: Call, y: Any, states: Sequence[Any], directions: int) -> tuple
 
 def lstm(call: Call) -> Any:
     """One or two directions."""
-    mb, hidden, x = call.mb, call.int("hidden_size", 0), sequence_first(call)
+    mb, hidden, x = call.mb, call.integer("hidden_size", 0), sequence_first(call)
     direction = call.text("direction", "forward")
     parameters = {}
     directions = len(DIRECTIONS[direction])
@@ -113,7 +115,7 @@ def lstm(call: Call) -> Any:
 
 def gru(call: Call) -> Any:
     """Every step of every direction as products and sums."""
-    mb, hidden, x = call.mb, call.int("hidden_size", 0), sequence_first(call)
+    mb, hidden, x = call.mb, call.integer("hidden_size", 0), sequence_first(call)
     backwards = DIRECTIONS[call.text("direction", "forward")]
     state = initial_state(call, 5, x, hidden, len(backwards))
     states = mb.split(x=state, num_splits=np.int32(2), axis=np.int32(1)) if len(backwards) == 2 else [state]
@@ -131,10 +133,9 @@ def gru_steps(call: Call, x: Any, index: int, h: Any, *, backward: bool) -> list
 
     z = f(Wz·x + Rz·h), r = f(Wr·x + Rr·h), n = g(Wh·x + r ∘ (Rh·h)) or g(Wh·x + Rh·(r ∘ h)), h' = (1 − z) ∘ n + z ∘ h
     """
-    mb, hidden, steps = call.mb, call.int("hidden_size", 0), x.shape[0]
+    mb, hidden, steps = call.mb, call.integer("hidden_size", 0), x.shape[0]
     of_input, of_state = biases(call, index, GRU_ORDER, hidden)
-    given = IntegerConstant.real if isinstance(call.operands[2], IntegerConstant) else np.asarray
-    recurrence = of_direction(given(call.operands[2]), index, GRU_ORDER)
+    recurrence = of_direction(call.known(2), index, GRU_ORDER)
     gates_weight, new_weight = (mb.const(val=part) for part in np.split(recurrence, [2 * hidden]))
     gates_bias, new_bias = (mb.const(val=part) for part in np.split(of_state, [2 * hidden]))
     weight = call.emitted(of_direction(call.operands[1], index, GRU_ORDER))
@@ -142,13 +143,17 @@ def gru_steps(call: Call, x: Any, index: int, h: Any, *, backward: bool) -> list
     outputs: dict[int, Any] = {}
     for step in reversed(range(steps)) if backward else range(steps):
         now = mb.slice_by_index(
-            x=projected, begin=[step, 0, 0], end=[step + 1, 0, 0], end_mask=[False, True, True], squeeze_mask=[True, False, False]
+            x=projected,
+            begin=[step, 0, 0],
+            end=[step + 1, 0, 0],
+            end_mask=[False, True, True],
+            squeeze_mask=[True, False, False],
         )
         z_in, r_in, n_in = mb.split(x=now, num_splits=np.int32(3), axis=np.int32(1))
         gates = mb.linear(x=h, weight=gates_weight, bias=gates_bias)
         z_h, r_h = mb.split(x=gates, num_splits=np.int32(2), axis=np.int32(1))
         z, r = (mb.sigmoid(x=mb.add(x=a, y=b)) for a, b in ((z_in, z_h), (r_in, r_h)))
-        if call.int("linear_before_reset", 0):
+        if call.integer("linear_before_reset", 0):
             n_h = mb.mul(x=r, y=mb.linear(x=h, weight=new_weight, bias=new_bias))
         else:
             n_h = mb.linear(x=mb.mul(x=r, y=h), weight=new_weight, bias=new_bias)

@@ -23,7 +23,7 @@ def axes_of(call: Call) -> NDArray[np.int32] | None:
     given = call.constant(1)
     if given is not None and given.size:
         return given.astype(np.int32)
-    return None if call.int("noop_with_empty_axes", 0) else np.arange(call.rank(0), dtype=np.int32)
+    return None if call.integer("noop_with_empty_axes", 0) else np.arange(call.rank(0), dtype=np.int32)
 
 
 def reduction(operation: str) -> Callable[[Call], Any]:
@@ -33,7 +33,7 @@ def reduction(operation: str) -> Callable[[Call], Any]:
         axes = axes_of(call)
         if axes is None:
             return call.var(0)
-        keep = bool(call.int("keepdims", 1))
+        keep = bool(call.integer("keepdims", 1))
         return getattr(call.mb, operation)(x=call.variable(0), axes=axes, keep_dims=keep)
 
     return lower
@@ -56,9 +56,9 @@ def index_of(operation: str) -> Callable[[Call], Any]:
     """Where the extreme lies along an axis; the first place if there are several, or the last, counted backwards."""
 
     def lower(call: Call) -> Any:
-        mb, axis, keep = call.mb, call.int("axis", 0), bool(call.int("keepdims", 1))
+        mb, axis, keep = call.mb, call.integer("axis", 0), bool(call.integer("keepdims", 1))
         find = getattr(mb, operation)
-        if not call.int("select_last_index", 0):
+        if not call.integer("select_last_index", 0):
             return find(x=call.var(0), axis=np.int32(axis), keep_dims=keep)
         backwards = mb.reverse(x=call.var(0), axes=np.array([axis], np.int32))
         place = find(x=backwards, axis=np.int32(axis), keep_dims=keep)
@@ -77,7 +77,7 @@ def index_objections(node: ir.Node) -> Iterator[str]:
 
 def top_k(call: Call) -> Any:
     """The largest or smallest values, sorted, and their indices."""
-    axis, ascending = np.int32(call.int("axis", -1)), not call.int("largest", 1)
+    axis, ascending = np.int32(call.integer("axis", -1)), not call.integer("largest", 1)
     return call.mb.topk(x=call.var(0), k=np.int32(call.known(1).item()), axis=axis, ascending=ascending)
 
 
@@ -86,8 +86,8 @@ def cumulative_sum(call: Call) -> Any:
     return call.mb.cumsum(
         x=call.var(0),
         axis=np.int32(call.known(1).item() % call.rank(0)),
-        exclusive=bool(call.int("exclusive", 0)),
-        reverse=bool(call.int("reverse", 0)),
+        exclusive=bool(call.integer("exclusive", 0)),
+        reverse=bool(call.integer("reverse", 0)),
     )
 
 
@@ -98,10 +98,15 @@ HANDLERS = {
     **{
         name: Handler(reduction(operation), REDUCES, (1,), objections)
         for name, operation in {
-            **{"ReduceMean": "reduce_mean", "ReduceSum": "reduce_sum", "ReduceProd": "reduce_prod"},
-            **{"ReduceMax": "reduce_max", "ReduceMin": "reduce_min"},
-            **{"ReduceL1": "reduce_l1_norm", "ReduceL2": "reduce_l2_norm"},
-            **{"ReduceSumSquare": "reduce_sum_square", "ReduceLogSumExp": "reduce_log_sum_exp"},
+            "ReduceMean": "reduce_mean",
+            "ReduceSum": "reduce_sum",
+            "ReduceProd": "reduce_prod",
+            "ReduceMax": "reduce_max",
+            "ReduceMin": "reduce_min",
+            "ReduceL1": "reduce_l1_norm",
+            "ReduceL2": "reduce_l2_norm",
+            "ReduceSumSquare": "reduce_sum_square",
+            "ReduceLogSumExp": "reduce_log_sum_exp",
         }.items()
     },
     "ReduceLogSum": Handler(log_sum, REDUCES, (1,), objections),

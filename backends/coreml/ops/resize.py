@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,13 @@ def form_of(node: ir.Node) -> Form:
         else:
             known = node.outputs[0].shape[axis] if node.outputs[0].shape is not None else None
             after[axis] = known if isinstance(known, int) else None
-            factors[axis] = after[axis] / size if after[axis] is not None and size is not None else None  # type: ignore[operator]
-            if size is None and shape is not None and node.outputs[0].shape is not None and shape[axis] == node.outputs[0].shape[axis]:
+            factors[axis] = after[axis] / size if after[axis] is not None and size is not None else None
+            if (
+                size is None
+                and shape is not None
+                and node.outputs[0].shape is not None
+                and shape[axis] == node.outputs[0].shape[axis]
+            ):
                 factors[axis] = 1.0
     return Form(
         attributes.get_string("mode", "nearest"),
@@ -111,7 +116,9 @@ def upsampling(form: Form) -> str:
         return ""
     if form.mode == "linear" and form.grid in ("half_pixel", "pytorch_half_pixel"):
         return "upsample_bilinear"
-    floor = form.grid == "asymmetric" and (form.rounding == "floor" or (form.rounding == "round_prefer_floor" and max(factors) <= 2))
+    floor = form.grid == "asymmetric" and (
+        form.rounding == "floor" or (form.rounding == "round_prefer_floor" and max(factors) <= 2)
+    )
     centred = form.grid in ("half_pixel", "pytorch_half_pixel") and form.rounding.startswith("round")
     return "upsample_nearest_neighbor" if form.mode == "nearest" and (floor or centred) else ""
 
@@ -119,7 +126,7 @@ def upsampling(form: Form) -> str:
 def sampling(form: Form) -> str:
     """The sampling mode of MIL's resize that has ONNX's grid, from sizes alone; empty if there is none."""
     for before, after, scale in zip(form.before[2:], form.after[2:], form.scales[2:], strict=True):
-        if scale is not None and before is not None and after is not None and before * scale != after:
+        if scale is not None and (before is None or after is None or before * scale != after):
             return ""  # MIL recomputes the factor from the sizes
         if form.grid == "pytorch_half_pixel" and after == 1:
             return ""
@@ -180,7 +187,8 @@ def interpolation(form: Form, axis: int) -> NDArray[np.float32]:
     places = coordinates(form.grid, before, after, scale)
     if form.mode == "nearest":
         chosen = np.clip(ROUNDINGS[form.rounding](places), 0, before - 1).astype(int)
-        return np.eye(before, dtype=np.float32)[chosen]
+        nearest: NDArray[np.float32] = np.eye(before, dtype=np.float32)[chosen]
+        return nearest
     width = min(scale, 1.0) if form.antialias else 1.0
     support = 1 if form.mode == "linear" else 2
     first = int(np.floor(-support / width)) + 1
@@ -198,7 +206,7 @@ def interpolation(form: Form, axis: int) -> NDArray[np.float32]:
     return matrix.astype(np.float32)
 
 
-ROUNDINGS = {
+ROUNDINGS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "round_prefer_floor": lambda x: np.ceil(x - 0.5),
     "round_prefer_ceil": lambda x: np.floor(x + 0.5),
     "floor": np.floor,
@@ -233,6 +241,9 @@ GRIDS = (*SAMPLING, "half_pixel_symmetric")
 
 def objections(node: ir.Node) -> Iterator[str]:
     """What neither MIL's operations nor a matrix can do."""
+    if node.inputs[0] is None or node.inputs[0].shape is None:
+        yield "an input of unknown rank"
+        return
     form = form_of(node)
     if form.grid not in GRIDS:
         yield f"coordinate_transformation_mode={form.grid}"

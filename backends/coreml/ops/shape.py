@@ -62,7 +62,7 @@ def reshape_objections(node: ir.Node) -> Iterator[str]:
 def flatten(call: Call) -> Any:
     """To a matrix, split before an axis."""
     mb, x = call.mb, call.variable(0)
-    axis = call.int("axis", 1)
+    axis = call.integer("axis", 1)
     axis += call.rank(0) if axis < 0 else 0
     before, after = call.shape(0)[:axis], call.shape(0)[axis:]
     if is_static(after):
@@ -74,14 +74,14 @@ def flatten(call: Call) -> Any:
 
 def transpose(call: Call) -> Any:
     """Axes in another order, reversed by default."""
-    order = call.ints("perm", list(reversed(range(call.rank(0)))))
+    order = call.integers("perm", list(reversed(range(call.rank(0)))))
     return call.mb.transpose(x=call.variable(0), perm=np.array(order, np.int32))
 
 
 def concat(call: Call) -> Any:
     """Along one axis."""
     values = call.variables()
-    return call.mb.concat(values=values, axis=np.int32(call.int("axis", 0))) if len(values) > 1 else values[0]
+    return call.mb.concat(values=values, axis=np.int32(call.integer("axis", 0))) if len(values) > 1 else values[0]
 
 
 def unsqueeze(call: Call) -> Any:
@@ -103,12 +103,16 @@ def expand(call: Call) -> Any:
     mb, x = call.mb, call.variable(0)
     shape = call.constant(1)
     wanted = list(map(int, shape)) if shape is not None else None
-    if wanted is not None and is_static(x.shape) and np.broadcast_shapes(tuple(wanted), tuple(x.shape)) == tuple(x.shape):
+    if (
+        wanted is not None
+        and is_static(x.shape)
+        and np.broadcast_shapes(tuple(wanted), tuple(x.shape)) == tuple(x.shape)
+    ):
         return x
     target = np.array(wanted, np.int32) if wanted is not None else call.var(1)
     kind = call.kind(0)
     if kind == "bool":
-        return mb.logical_or(x=x, y=mb.fill(shape=target, value=np.bool_(False)))  # noqa: FBT003 - numpy's own
+        return mb.logical_or(x=x, y=mb.fill(shape=target, value=np.bool_(False)))
     return mb.mul(x=x, y=mb.fill(shape=target, value=np.float32(1) if kind == "float" else np.int32(1)))
 
 
@@ -194,7 +198,7 @@ def _of_numbers(call: Call, gather: Callable[[Any], Any]) -> Any:
 
 def gather(call: Call) -> Any:
     """Slices of one axis, by indices."""
-    axis = call.int("axis", 0) % call.rank(0)
+    axis = call.integer("axis", 0) % call.rank(0)
     indices = _indices(call, axis)
     take = partial(call.mb.gather, indices=indices, axis=np.int32(axis), validate_indices=False)
     return _of_numbers(call, lambda x: take(x=x))
@@ -202,7 +206,7 @@ def gather(call: Call) -> Any:
 
 def gather_elements(call: Call) -> Any:
     """Values along one axis, by an index for each."""
-    axis = call.int("axis", 0) % call.rank(0)
+    axis = call.integer("axis", 0) % call.rank(0)
     indices = _never_negative(call, axis)
     take = partial(call.mb.gather_along_axis, indices=indices, axis=np.int32(axis), validate_indices=False)
     return _of_numbers(call, lambda x: take(x=x))
@@ -210,7 +214,7 @@ def gather_elements(call: Call) -> Any:
 
 def gather_nd(call: Call) -> Any:
     """Slices by tuples of indices."""
-    batch = np.int32(call.int("batch_dims", 0))
+    batch = np.int32(call.integer("batch_dims", 0))
     take = partial(call.mb.gather_nd, indices=call.variable(1), batch_dims=batch, validate_indices=False)
     return _of_numbers(call, lambda x: take(x=x))
 
@@ -221,7 +225,7 @@ SCATTERS = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "
 
 def scatter_elements(call: Call) -> Any:
     """Values put along one axis, by an index for each."""
-    axis = call.int("axis", 0) % call.rank(0)
+    axis = call.integer("axis", 0) % call.rank(0)
     return call.mb.scatter_along_axis(
         data=call.var(0),
         indices=_never_negative(call, axis),
@@ -242,7 +246,7 @@ def scatter_nd(call: Call) -> Any:
 def shape(call: Call) -> Any:
     """Dimensions from one axis to another."""
     rank = call.rank(0)
-    start, end, _ = slice(call.int("start", 0), call.int("end", rank), 1).indices(rank)
+    start, end, _ = slice(call.integer("start", 0), call.integer("end", rank), 1).indices(rank)
     dims = call.shape(0)[start:end]
     if is_static(dims):
         return np.array(dims, np.int32)
@@ -266,11 +270,11 @@ def value_range(call: Call) -> Any:
 
 def split(call: Call) -> Any:
     """Parts along one axis."""
-    axis, x = call.int("axis", 0), call.variable(0)
+    axis, x = call.integer("axis", 0), call.variable(0)
     if call.has(1):
         sizes = call.known(1).astype(np.int32)
     else:
-        total, parts = int(call.shape(0)[axis]), call.int("num_outputs", len(call.node.outputs))
+        total, parts = int(call.shape(0)[axis]), call.integer("num_outputs", len(call.node.outputs))
         each = -(-total // parts)
         sizes = np.array([each] * (parts - 1) + [total - each * (parts - 1)], np.int32)
     if len(sizes) == 1:
@@ -333,9 +337,9 @@ def triangle(call: Call) -> Any:
     """The upper or lower triangle of matrices, zeros elsewhere: a choice by the distance from the diagonal."""
     mb, x = call.mb, call.variable(0)
     k = int(call.known(1).item()) if call.has(1) else 0
-    upper = bool(call.int("upper", 1))
+    upper = bool(call.integer("upper", 1))
     rows, columns = x.shape[-2:]
-    zero = {"float": np.float32(0), "int": np.int32(0), "bool": np.bool_(False)}[call.kind(0)]  # noqa: FBT003 - likewise
+    zero = {"float": np.float32(0), "int": np.int32(0), "bool": np.bool_(False)}[call.kind(0)]
     if is_static([rows, columns]):
         distance = np.arange(columns)[None, :] - np.arange(rows)[:, None]
         return mb.select(cond=distance >= k if upper else distance <= k, a=x, b=zero)
@@ -353,7 +357,7 @@ def _places(mb: Any, count: Any, other: int) -> Any:
 
 def depth_to_space(call: Call) -> Any:
     """Channels become blocks of pixels; their order among the channels is DCR or CRD."""
-    block = np.int32(call.int("blocksize", 1))
+    block = np.int32(call.integer("blocksize", 1))
     if call.text("mode", "DCR") == "CRD":
         return call.mb.pixel_shuffle(x=call.var(0), upscale_factor=block)
     return call.mb.depth_to_space(x=call.var(0), block_size=block)
@@ -362,8 +366,8 @@ def depth_to_space(call: Call) -> Any:
 def space_to_depth(call: Call) -> Any:
     """Blocks of pixels become channels; their order among the channels is DCR or CRD."""
     if call.text("mode", "DCR") == "CRD":
-        return call.mb.pixel_unshuffle(x=call.var(0), downscale_factor=np.uint32(call.int("blocksize", 1)))
-    return call.mb.space_to_depth(x=call.var(0), block_size=np.int32(call.int("blocksize", 1)))
+        return call.mb.pixel_unshuffle(x=call.var(0), downscale_factor=np.uint32(call.integer("blocksize", 1)))
+    return call.mb.space_to_depth(x=call.var(0), block_size=np.int32(call.integer("blocksize", 1)))
 
 
 def one_hot(call: Call) -> Any:
@@ -372,7 +376,7 @@ def one_hot(call: Call) -> Any:
     off, on = call.known(2)
     indices = call.var(0) if call.kind(0) == "int" else mb.cast(x=call.var(0), dtype="int32")
     indices = mb.select(cond=mb.less(x=indices, y=np.int32(0)), a=mb.add(x=indices, y=depth), b=indices)
-    axis = np.int32(call.int("axis", -1))
+    axis = np.int32(call.integer("axis", -1))
     return mb.one_hot(indices=indices, one_hot_vector_size=depth, axis=axis, on_value=on, off_value=off)
 
 

@@ -1,15 +1,11 @@
 """Networks for the tests, and what they become."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import onnx
-from onnx import parser, shape_inference
 
-from qdeploy import graph as questions
 from qdeploy.backends.coreml.backend import CoreML, Options
 from qdeploy.model import DimRange
-from qdeploy.prepare import prepare
 from tests.contracts.backend_contract import float_model, outputs_of, quantized_model
 
 BATCH = {"N": DimRange(1, 2, 4), "S": DimRange(1, 2, 6)}

@@ -3,10 +3,10 @@ import sys
 
 import numpy as np
 import pytest
-from tests.contracts.backend_contract import NET, BackendContract, float_model, outputs_of, quantized_model, samples_for
 
 from qdeploy.backends.coreml.backend import CoreML, Options
 from qdeploy.errors import InputError
+from tests.contracts.backend_contract import NET, BackendContract, float_model, outputs_of, quantized_model, samples_for
 
 pytest.importorskip("coremltools")
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.backends.coreml.networks import BATCH, assert_equals_onnx_runtime, lowered, net, random_inputs, run
-from tests.contracts.backend_contract import outputs_of
 
 from qdeploy.backends.coreml.table import TABLE
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange
+from tests.backends.coreml.networks import BATCH, assert_equals_onnx_runtime, lowered, net, random_inputs, run
+from tests.contracts.backend_contract import outputs_of
 
 pytest.importorskip("coremltools")
 
@@ -73,8 +73,12 @@ FORMS = {
         "",
         "float[N,S,4] x, float[4] u, float[1,4] v",
     ),
-    "Split, unequal": net("p = Constant <value_ints=[1,3]> ()\na, b = Split <axis=2> (x, p)\ny = Sub (b, a)", "", "float[N,S,4] x"),
-    "TopK": net("k = Constant <value_ints=[2]> ()\ny, i = TopK <largest=0> (x, k)", "", "float[N,S,4] x", "float y, int64 i"),
+    "Split, unequal": net(
+        "p = Constant <value_ints=[1,3]> ()\na, b = Split <axis=2> (x, p)\ny = Sub (b, a)", "", "float[N,S,4] x"
+    ),
+    "TopK": net(
+        "k = Constant <value_ints=[2]> ()\ny, i = TopK <largest=0> (x, k)", "", "float[N,S,4] x", "float y, int64 i"
+    ),
     "Resize by 2, nearest, dynamic": net(
         "s = Constant <value_floats=[1.0,1.0,2.0,2.0]> ()\n"
         'y = Resize <mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"> (x, , s)',
@@ -111,16 +115,18 @@ FORMS = {
     "LayerNormalization over two axes": net(
         "y = LayerNormalization <axis=-2> (x, w, b)", "float[3,4] w, float[3,4] b", "float[N,3,4] x"
     ),
-    "GroupNormalization": net(
-        "y = InstanceNormalization (x, w, b)", "float[3] w, float[3] b", PICTURE
+    "GroupNormalization": net("y = InstanceNormalization (x, w, b)", "float[3] w, float[3] b", PICTURE),
+    "MaxPool that rounds up": net(
+        "y = MaxPool <kernel_shape=[3,3], strides=[2,2], ceil_mode=1> (x)", "", "float[1,3,8,8] x"
     ),
-    "MaxPool that rounds up": net("y = MaxPool <kernel_shape=[3,3], strides=[2,2], ceil_mode=1> (x)", "", "float[1,3,8,8] x"),
     "AveragePool with its padding": net(
         "y = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1> (x)", "", PICTURE
     ),
     "Trilu of a dynamic size": net("y = Trilu <upper=0> (x)", "", "float[N,S,S] x"),
     "CumSum": net("a = Constant <value_int=1> ()\ny = CumSum (x, a)", "", "float[N,S,4] x"),
-    "Pad by reflection": net("p = Constant <value_ints=[0,0,1,1,0,0,1,2]> ()\ny = Pad <mode=\"reflect\"> (x, p)", "", PICTURE),
+    "Pad by reflection": net(
+        'p = Constant <value_ints=[0,0,1,1,0,0,1,2]> ()\ny = Pad <mode="reflect"> (x, p)', "", PICTURE
+    ),
 }
 
 
@@ -143,15 +149,25 @@ def test_integers_divide_towards_zero(tmp_path):
 QUANTIZED = {
     "Conv": net("y = Conv <pads=[1,1,1,1]> (x, w, b)", "float[4,3,3,3] w, float[4] b"),
     "ConvTranspose": net("y = ConvTranspose <strides=[2,2]> (x, w, b)", "float[3,4,2,2] w, float[4] b"),
-    "residual": net("a = Conv (x, w)\nb = Relu (a)\nc = Conv (b, v)\nd = Add (c, b)\ny = Conv (d, v)", "float[4,3,3,3] w, float[4,4,1,1] v"),
+    "residual": net(
+        "a = Conv (x, w)\nb = Relu (a)\nc = Conv (b, v)\nd = Add (c, b)\ny = Conv (d, v)",
+        "float[4,3,3,3] w, float[4,4,1,1] v",
+    ),
     "MatMul": net("m = MatMul (x, w)\ny = Add (m, b)", "float[4,5] w, float[5] b", "float[N,S,4] x"),
-    "Gemm": net("m = Gemm (x, w, b)\nr = Relu (m)\ny = Gemm <transB=1> (r, v)", "float[4,5] w, float[5] b, float[3,5] v", "float[N,4] x"),
+    "Gemm": net(
+        "m = Gemm (x, w, b)\nr = Relu (m)\ny = Gemm <transB=1> (r, v)",
+        "float[4,5] w, float[5] b, float[3,5] v",
+        "float[N,4] x",
+    ),
     "pools": net(
         "a = Conv (x, w)\nb = MaxPool <kernel_shape=[2,2]> (a)\nc = AveragePool <kernel_shape=[2,2]> (b)\n"
         "d = GlobalAveragePool (c)\ne = Flatten (d)\ny = Gemm (e, v)",
         "float[4,3,3,3] w, float[4,5] v",
     ),
-    "Concat": net("a = Conv (x, w)\nb = Conv (x, v)\nc = Concat <axis=1> (a, b)\ny = Conv (c, u)", "float[4,3,1,1] w, float[2,3,1,1] v, float[3,6,1,1] u"),
+    "Concat": net(
+        "a = Conv (x, w)\nb = Conv (x, v)\nc = Concat <axis=1> (a, b)\ny = Conv (c, u)",
+        "float[4,3,1,1] w, float[2,3,1,1] v, float[3,6,1,1] u",
+    ),
 }
 
 
@@ -172,8 +188,12 @@ REFUSED = {
     "sequence_lens": net(
         "y = LSTM <hidden_size=3> (x, w, r, , l)", "float[1,12,4] w, float[1,12,3] r", "float[5,2,4] x, int32[2] l"
     ),
-    "a dynamic number of steps": net("y = GRU <hidden_size=3> (x, w, r)", "float[1,9,4] w, float[1,9,3] r", "float[S,N,4] x"),
-    "at most 512 are unrolled": net("y = GRU <hidden_size=3> (x, w, r)", "float[1,9,4] w, float[1,9,3] r", "float[513,1,4] x"),
+    "a dynamic number of steps": net(
+        "y = GRU <hidden_size=3> (x, w, r)", "float[1,9,4] w, float[1,9,3] r", "float[S,N,4] x"
+    ),
+    "at most 512 are unrolled": net(
+        "y = GRU <hidden_size=3> (x, w, r)", "float[1,9,4] w, float[1,9,3] r", "float[513,1,4] x"
+    ),
     "its input 1 ('w') must be constant": net("y = Conv (x, w)", "", "float[1,3,4,4] x, float[2,3,3,3] w"),
     "has 6 dimensions; Core ML takes at most 5": net("y = Relu (x)", "", "float[1,2,1,2,1,2] x"),
     "dilations": net("y = MaxPool <kernel_shape=[2,2], dilations=[2,2]> (x)"),
@@ -219,7 +239,8 @@ def test_integers_of_other_widths_are_refused(kind):
 
     from qdeploy.backends.coreml.support import unsupported
 
-    text = f"""<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) <float s = {{0.5}}, {kind} z = {{0}}>
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[2] x) => (float[2] y) <float s = {{0.5}}, {kind} z = {{0}}>
     {{ [q] q = QuantizeLinear (x, s, z) [d] y = DequantizeLinear (q, s, z) }}"""
     model = ir.from_proto(parser.parse_model(text))
     model.graph.node(0).outputs[0].dtype = ir.DataType[kind.upper()]

@@ -41,7 +41,7 @@ def weights(*shape, seed=0):
 
 def test_everything_but_inputs_and_outputs_is_float16(half, node):
     nodes = [node("Conv", "x w b", "c"), node("Relu", "c", "r"), node("GlobalAveragePool", "r", "y")]
-    model, cast = half(nodes, {"x": [1, 3, 8, 8]}, {"y": [1, 4, 1, 1]}, {"w": weights(4, 3, 3, 3), "b": weights(4)})
+    _, cast = half(nodes, {"x": [1, 3, 8, 8]}, {"y": [1, 4, 1, 1]}, {"w": weights(4, 3, 3, 3), "b": weights(4)})
 
     found = types(cast.path)
     assert (found["x"], found["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT)

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from tests.contracts.backend_contract import float_model, outputs_of, samples_for
 
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
@@ -8,6 +7,7 @@ from qdeploy.errors import InputError
 from qdeploy.quantize.lint import lint
 from qdeploy.quantize.weight_qdq import blocked, quantize_weight_qdq
 from qdeploy.scheme import Condition, Form, OpRule, PerBlock, PerChannel, QuantContract, Scheme
+from tests.contracts.backend_contract import float_model, outputs_of, samples_for
 
 NET = """net (float[2,3,8,8] x) => (float y) <float[8,3,3,3] w, float[8] b, float[8,5] v> {
     [conv] c = Conv (x, w, b)

@@ -30,50 +30,63 @@ LAYERS = {
 }
 
 
+@pytest.fixture
+def layer(build, node):
+    """The only node of a model, and the model: kind, inputs, shapes of source and weight, attributes."""
+
+    def make(kind, inputs, source_shape, weight_shape, attributes):
+        dims = {"out": [f"d{axis}" for axis in range(len(source_shape))]}
+        weights = {"w": floats(*weight_shape), "c": floats(3, 5)}
+        given = {"x": list(source_shape), "b": [5]}
+        model = build([node(kind, inputs, "out", **attributes)], given, dims, weights)
+        (only,) = load_graph(model.path).graph
+        return only, weights["w"], model
+
+    return make
+
+
+@pytest.fixture
+def run(layer, run_onnx):
+    """A layer on random numbers: the node, its weight, what it reads and what it writes."""
+
+    def make(kind, source_shape, weight_shape, attributes):
+        only, weight, model = layer(kind, "x w", source_shape, weight_shape, attributes)
+        x = floats(*source_shape)
+        return only, weight, x, run_onnx(model.path, {"x": x, "b": floats(5)})["out"]
+
+    return make
+
+
 @pytest.mark.parametrize("case", LAYERS)
-def test_rows_times_matrices_are_the_layer(build, node, run_onnx, case):
-    kind, source_shape, weight_shape, attributes = LAYERS[case]
-    rank = len(source_shape)
-    weights = {"w": floats(*weight_shape)}
-    model = build([node(kind, "x w", "out", **attributes)], {"x": source_shape}, {"out": ["?"] * rank}, weights)
-    (layer,) = load_graph(model.path).graph
-    x = floats(*source_shape)
-    y = run_onnx(model.path, {"x": x})["out"]
-    chosen = RANDOM.choice(position_count(layer, y), 3, replace=False)
+def test_rows_times_matrices_are_the_layer(run, case):
+    only, weight, x, y = run(*LAYERS[case])
+    chosen = RANDOM.choice(position_count(only, y), 3, replace=False)
 
-    rows = input_rows(layer, x, chosen, y.shape)
-    expected = output_rows(layer, y, chosen)
+    rows = input_rows(only, x, chosen, y.shape)
+    expected = output_rows(only, y, chosen)
 
-    assert is_product(layer)
+    assert is_product(only)
     assert expected.shape[1] == 3
-    np.testing.assert_allclose(rows @ matrices(layer, weights["w"]), expected, atol=1e-5)
+    np.testing.assert_allclose(rows @ matrices(only, weight), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_every_position_is_an_output(build, node, run_onnx, case):
-    kind, source_shape, weight_shape, attributes = LAYERS[case]
-    weights = {"w": floats(*weight_shape)}
-    outs = {"out": ["?"] * len(source_shape)}
-    model = build([node(kind, "x w", "out", **attributes)], {"x": source_shape}, outs, weights)
-    (layer,) = load_graph(model.path).graph
-    y = run_onnx(model.path, {"x": floats(*source_shape)})["out"]
+def test_every_position_is_a_row_of_the_output(run, case):
+    only, _, _, y = run(*LAYERS[case])
+    count = position_count(only, y)
 
-    count = position_count(layer, y)
-    rows = output_rows(layer, y, np.arange(count))
+    rows = output_rows(only, y, np.arange(count))
 
-    by_position = np.moveaxis(y, 1, -1) if kind == "Conv" else y
+    by_position = np.moveaxis(y, 1, -1) if only.op_type == "Conv" else y
     np.testing.assert_array_equal(rows.transpose(1, 0, 2).reshape(count, -1), by_position.reshape(count, -1))
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_matrices_go_back_to_the_stored_layout(build, node, case):
-    kind, source_shape, weight_shape, attributes = LAYERS[case]
-    outs = {"out": ["?"] * len(source_shape)}
-    weight = floats(*weight_shape)
-    model = build([node(kind, "x w", "out", **attributes)], {"x": source_shape}, outs, {"w": weight})
-    (layer,) = load_graph(model.path).graph
+def test_matrices_go_back_to_the_stored_layout(layer, case):
+    kind, *rest = LAYERS[case]
+    only, weight, _ = layer(kind, "x w", *rest)
 
-    np.testing.assert_array_equal(stored_layout(layer, matrices(layer, weight), weight.shape), weight)
+    np.testing.assert_array_equal(stored_layout(only, matrices(only, weight), weight.shape), weight)
 
 
 OTHERS = {
@@ -87,12 +100,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_nodes_are_no_products(build, node, case):
-    kind, inputs, source_shape, weight_shape, attributes = OTHERS[case]
-    outs = {"out": ["?"] * len(source_shape)}
-    weights = {"w": floats(*weight_shape), "c": floats(3, 5)}
-    given = {"x": source_shape, "b": [5]}
-    model = build([node(kind, inputs, "out", **attributes)], given, outs, weights)
-    (layer,) = load_graph(model.path).graph
+def test_other_nodes_are_no_products(layer, case):
+    only, _, _ = layer(*OTHERS[case])
 
-    assert not is_product(layer)
+    assert not is_product(only)

@@ -1,0 +1,138 @@
+"""The three analyses of a recipe, from its source to the finished figures: `qdeploy analyze` without its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qdeploy.analysis.cache import plan_digest, recall, remember, samples_digest
+from qdeploy.analysis.layers import LayerErrors, layer_errors
+from qdeploy.analysis.operands import at_bits, takes_bits
+from qdeploy.analysis.sensitivity import FLOAT16, Sensitivity, parts, sensitivity
+from qdeploy.analysis.weights import WeightReport, weight_reports
+from qdeploy.collect import collect
+from qdeploy.errors import InputError
+from qdeploy.pipeline import SILENT, Making, Subject, to_analyze
+from qdeploy.plan import QuantPlan, plan
+from qdeploy.progress import Progress
+from qdeploy.recipe import Recipe
+from qdeploy.recover.recovery import Means, Recovery
+from qdeploy.recover.steps import STEPS
+from qdeploy.statistics import Statistics
+
+BITS = (4, 8, 16)
+"""Widths that sensitivity is measured at unless told otherwise."""
+
+
+def analyze_weights(recipe: Recipe, *, progress: Progress = SILENT) -> tuple[WeightReport, ...]:
+    """Every weight of the model: channel ranges, outliers, and one scale or many.
+
+    Raises:
+        InputError: The recipe, or something that it names, is wrong.
+    """
+    with to_analyze(recipe, progress) as subject:
+        making = subject.making
+        return weight_reports(making.model, making.job.contract, making.keep)
+
+
+def analyze_layers(recipe: Recipe, statistics: Path | None = None, *, progress: Progress = SILENT) -> LayerErrors:
+    """Every quantized layer's own and accumulated error, and why it loses what it loses.
+
+    Args:
+        recipe: Its first target is analyzed, after the recovery steps that an export would take.
+        statistics: Of an earlier calibration; None to calibrate.
+        progress: Told of each step.
+
+    Raises:
+        InputError: The recipe, or something that it names, is wrong, or the target has no calibrated ranges.
+    """
+    with to_analyze(recipe, progress) as subject:
+        making = _calibrated(subject, statistics, progress)
+        recovered = _recovered(making, "own")
+        with progress.step("Comparing layers", subject.samples.size) as advance:
+            return layer_errors(recovered.plan, recovered.statistics, subject.samples, making.folder, advance)
+
+
+def analyze_sensitivity(
+    recipe: Recipe, statistics: Path | None = None, *, bits: Sequence[int] = BITS, progress: Progress = SILENT
+) -> Sensitivity:
+    """What every layer costs that alone is stored in so many bits; 16 are int16 where the target has it, else float16.
+
+    The result is kept in the user's cache, under the digests of the model, the ranges and the samples.
+
+    Args:
+        recipe: Its first target is analyzed, with the recovery steps that an export would take.
+        statistics: Of an earlier calibration; None to calibrate.
+        bits: Widths from 2 to 16.
+        progress: Told of each step.
+
+    Raises:
+        InputError: The recipe, or something that it names, is wrong, or the target has no calibrated ranges.
+    """
+    if not bits or not all(2 <= width <= 16 for width in bits):
+        raise InputError(f"The widths cannot be {', '.join(map(str, bits)) or 'none'}.", "Name some from 2 to 16.")
+    with to_analyze(recipe, progress) as subject:
+        making = _calibrated(subject, statistics, progress)
+        with progress.step("Planning", len(bits)) as advance:
+            plans = {}
+            for width in dict.fromkeys(bits):
+                name, made = _planned(making, width)
+                plans[name] = made
+                advance()
+        key = _key(recipe, subject, plans)
+        known = recall(key) if key else None
+        if known is not None:
+            return known
+        size = subject.samples.size
+        runs = None if size is None else size * sum(len(parts(each)) for each in plans.values())
+        with progress.step("Storing one layer at a time", runs) as advance:
+            found = sensitivity(plans, subject.samples, making.folder, metric=subject.metric, on_part=advance)
+        if key:
+            remember(key, found)
+        return found
+
+
+def _calibrated(subject: Subject, path: Path | None, progress: Progress) -> Making:
+    """What there is to analyze, with statistics."""
+    making = subject.making
+    if not making.job.calibrated:
+        what = f"{making.job.backend.name}:{making.job.precision} has no calibrated ranges to analyze."
+        raise InputError(what, "Name a precision that has: --target NAME:int8.")
+    if path is not None:
+        statistics = Statistics.load(path)
+        statistics.require_model(making.model.digest)
+    else:
+        assert making.samples is not None
+        with progress.step("Calibrating", making.samples.size) as advance:
+            statistics = collect(making.model, making.samples, on_sample=advance)
+    return replace(making, statistics=statistics)
+
+
+def _recovered(making: Making, name: str) -> Recovery:
+    """The plan that an export would quantize by, and the statistics of its model."""
+    assert making.statistics is not None
+    folder = making.folder / f"steps-{name}"
+    folder.mkdir()
+    drafted = plan(making.model, making.statistics, making.job.contract, making.reader, making.keep)
+    recovery = Recovery(drafted, making.statistics, Means(making.samples, making.reader, making.keep, folder))
+    for step in making.job.steps:
+        recovery = STEPS[step](recovery)
+    return recovery
+
+
+def _planned(making: Making, width: int) -> tuple[str, QuantPlan]:
+    """The name of the type that a width stands for, and the plan to store operands in it."""
+    contract = making.job.contract
+    half = width == 16 and not takes_bits(contract, 16)
+    name = FLOAT16 if half else f"int{width}"
+    job = making.job if half else replace(making.job, contract=at_bits(contract, width))
+    return name, _recovered(replace(making, job=job), name).plan
+
+
+def _key(recipe: Recipe, subject: Subject, plans: Mapping[str, QuantPlan]) -> str:
+    """What the sensitivities depend on, as one digest; empty where they depend on code of the user's."""
+    if callable(recipe.metric) or ":" in (recipe.metric or ""):
+        return ""
+    metric = subject.metric.name if subject.metric else ""
+    return samples_digest(subject.samples, metric, *(f"{name}={plan_digest(each)}" for name, each in plans.items()))

@@ -1,0 +1,121 @@
+"""The optimization in AdaRound: which weights of one layer go up to the next grid value, and which go down.
+
+Of the two grid values around each weight, W⁻ and W⁺, and with a the activation behind the layer:
+
+    Ŵ = W⁻ + (W⁺ − W⁻) · h(V)        h(V) = clip(1.2 · sigmoid(V) − 0.1, 0, 1)
+    min over V of   Σ (a(x · Ŵ + b) − y)²  +  λ · Σ (1 − |2·h(V) − 1|^β)
+
+The second term sets in after a warm start and is annealed, β from 20 to 2, until each h(V) is near 0 or 1 (Nagel et al.
+2020, arXiv 2004.10568, section 3.2). The errors of each output channel are counted in units of those that rounding to
+nearest makes, so that λ means the same for every channel of every network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.affine import Affine, dequantize, quantize
+
+if TYPE_CHECKING:
+    import torch
+
+ITERATIONS = 1000
+BATCH = 256
+LEARNING_RATE = 0.03
+REGULARIZATION = 0.1
+WARM_START = 0.2
+"""Share of the iterations before the regularization sets in."""
+
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+LOW, HIGH = -0.1, 1.1
+"""What the sigmoid is stretched to, so that h reaches 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A layer as one product of matrices for each group, at some of its output positions.
+
+    Attributes:
+        x: Inputs, float32 [groups, rows, inputs].
+        y: Outputs to come close to, behind the activation, float32 [groups, rows, outputs].
+        bias: float32 [groups, 1, outputs].
+        bounds: Of the activation; infinite without one.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    bounds: tuple[float, float]
+
+
+def neighbours(weight: NDArray[np.float32], affine: Affine) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The grid values below and above each weight; the last one twice where the grid ends before."""
+    nearest = quantize(weight, affine).astype(np.int32)
+    below = nearest - (dequantize(nearest, affine) > weight)
+    ends = affine.integer.qmin, affine.integer.qmax
+    return dequantize(np.clip(below, *ends), affine), dequantize(np.clip(below + 1, *ends), affine)
+
+
+def choose(
+    rows: Rows, weight: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The weight with each value rounded down or up; an output channel that gains nothing is rounded to nearest.
+
+    Args:
+        rows: What to choose by.
+        weight: Before rounding, [groups, inputs, outputs].
+        low: The grid value below each weight.
+        high: The grid value above each weight.
+    """
+    import torch
+
+    x, y, bias, weight_, below, above = (
+        torch.from_numpy(np.array(each)) for each in (rows.x, rows.y, rows.bias, weight, low, high)
+    )
+
+    def errors(rounded: torch.Tensor, part: slice) -> torch.Tensor:
+        """Mean square error of each output channel, [groups, 1, outputs]."""
+        output = torch.baddbmm(bias, x[:, part], rounded).clamp(*rows.bounds)
+        return (output - y[:, part]).square().mean(dim=1, keepdim=True)
+
+    nearest = torch.where(weight_ - below < above - weight_, below, above)
+    at_nearest = errors(nearest, slice(None))
+    unit = torch.where(at_nearest > 0, 1 / at_nearest, 0)
+    span = above - below
+    share = torch.where(span > 0, (weight_ - below) / span, 0.5).clamp(0, 1)
+    found = _anneal(share, lambda up, part: (unit * errors(below + span * up, part)).sum(), x.shape[1])
+    rounded = torch.where(found, above, below)
+    better = errors(rounded, slice(None)) < at_nearest
+    return torch.where(better, rounded, nearest).numpy()
+
+
+def _anneal(share: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int) -> torch.Tensor:
+    """Whether each weight goes up.
+
+    Args:
+        share: How far up from the lower grid value each weight lies; h begins there.
+        loss: Of h, on a slice of the rows.
+        rows: How many there are.
+    """
+    import torch
+
+    v = torch.logit((share - LOW) / (HIGH - LOW)).requires_grad_()
+    optimizer = torch.optim.Adam([v], LEARNING_RATE, fused=True)
+    batch = min(BATCH, rows)
+    for iteration in range(ITERATIONS):
+        start = iteration * batch % (rows - batch + 1)
+        up = (torch.sigmoid(v) * (HIGH - LOW) + LOW).clamp(0, 1)
+        total = loss(up, slice(start, start + batch))
+        progress = (iteration / ITERATIONS - WARM_START) / (1 - WARM_START)
+        if progress >= 0:
+            beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * progress
+            total = total + REGULARIZATION * (1 - (2 * up - 1).abs() ** beta).mean(dim=1).sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    return v.detach() > 0

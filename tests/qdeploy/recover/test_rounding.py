@@ -1,0 +1,121 @@
+"""The choice between two grid values, against its definition and against every choice there is."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from qdeploy.affine import IntegerType, affine_from_limits, affine_from_tensor, dequantize, fake_quantize
+from qdeploy.recover.rounding import Rows, choose, neighbours
+
+RANDOM = np.random.default_rng(11)
+INFINITE = (-np.inf, np.inf)
+
+
+def floats(*shape):
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+def correlated(groups, rows, inputs):
+    """Inputs that depend on one another, as those of real layers do, with means away from zero."""
+    return (floats(groups, rows, inputs) @ floats(groups, inputs, inputs) + floats(groups, 1, inputs)).astype(np.float32)
+
+
+@given(arrays(np.float32, (3, 4), elements=st.floats(-10, 10, width=32)), st.booleans())
+def test_neighbours_lie_on_the_grid_around_each_weight(weight, symmetric):
+    integer = IntegerType(4, signed=symmetric, narrow=symmetric)
+    affine = affine_from_tensor(weight, integer, symmetric=symmetric, axis=0)
+    step = affine.scale[:, None]
+
+    low, high = neighbours(weight, affine)
+
+    assert np.all(low <= weight + 1e-5 * step)
+    assert np.all((high >= weight - 1e-5 * step) | (high == low))
+    for each in (low, high):
+        np.testing.assert_array_equal(fake_quantize(each, affine), each)
+    np.testing.assert_allclose((high - low)[high != low], np.broadcast_to(step, (3, 4))[high != low], rtol=1e-5)
+
+
+def test_beyond_the_grid_there_is_no_choice():
+    affine = affine_from_limits(-1.4, 1.4, IntegerType(4, narrow=True), symmetric=True)
+
+    low, high = neighbours(np.array([-3, -1.5, -1.3, 0.5, 1.3, 1.5, 3], np.float32), affine)
+
+    np.testing.assert_allclose(low, [-1.4, -1.4, -1.4, 0.4, 1.2, 1.4, 1.4], rtol=1e-6)
+    np.testing.assert_allclose(high, [-1.4, -1.4, -1.2, 0.6, 1.4, 1.4, 1.4], rtol=1e-6)
+
+
+def problem(groups, rows, inputs, outputs, bounds=INFINITE, bits=3):
+    """A random layer: its rows, its weight and the two grid values around each weight."""
+    x, weight, bias = correlated(groups, rows, inputs), floats(groups, inputs, outputs), floats(groups, 1, outputs)
+    y = np.clip(x @ weight + bias, *bounds)
+    affine = affine_from_tensor(weight, IntegerType(bits, narrow=True), symmetric=True)
+    return Rows(x, y, bias, bounds), weight, *neighbours(weight, affine), fake_quantize(weight, affine)
+
+
+def errors(rows, weight):
+    """Mean square error of each output."""
+    output = np.clip(rows.x.astype(np.float64) @ weight + rows.bias, *rows.bounds)
+    return np.square(output - rows.y).mean(axis=1)
+
+
+CASES = {
+    "plain": (1, 300, 12, 5, INFINITE),
+    "depthwise": (6, 300, 9, 1, INFINITE),
+    "relu": (1, 300, 12, 5, (0.0, np.inf)),
+    "relu6": (2, 300, 8, 3, (0.0, 6.0)),
+    "fewer rows than inputs": (1, 6, 20, 4, INFINITE),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_weight_takes_one_of_its_neighbours_and_no_output_loses(case):
+    rows, weight, low, high, nearest = problem(*CASES[case])
+
+    found = choose(rows, weight, low, high)
+
+    assert np.all((found == low) | (found == high))
+    assert np.all(errors(rows, found) <= errors(rows, nearest) * (1 + 1e-5))
+    assert errors(rows, found).sum() < 0.7 * errors(rows, nearest).sum()
+
+
+@pytest.mark.parametrize("bounds", [INFINITE, (0.0, 6.0)], ids=["linear", "relu6"])
+def test_nearly_the_best_of_all_choices(bounds):
+    gains = []
+    for _ in range(5):
+        rows, weight, low, high, nearest = problem(1, 200, 9, 1, bounds)
+        choices = (np.where(np.reshape(up, weight.shape), high, low) for up in product([False, True], repeat=9))
+        best = min(float(errors(rows, choice).item()) for choice in choices)
+
+        found, plain = (float(errors(rows, each).item()) for each in (choose(rows, weight, low, high), nearest))
+
+        gains.append((plain - found) / (plain - best))
+
+    assert np.mean(gains) > 0.9
+
+
+def test_weights_on_the_grid_stay_where_nothing_is_to_be_gained():
+    affine = affine_from_limits(-1.4, 1.4, IntegerType(4, narrow=True), symmetric=True)
+    weight = dequantize(RANDOM.integers(-7, 8, (1, 10, 4)).astype(np.int8), affine)
+    x = correlated(1, 100, 10)
+    rows = Rows(x, x @ weight, np.zeros((1, 1, 4), np.float32), INFINITE)
+
+    np.testing.assert_array_equal(choose(rows, weight, *neighbours(weight, affine)), weight)
+
+
+def test_an_input_that_is_shifted_is_made_up_for():
+    rows, weight, low, high, nearest = problem(1, 400, 16, 3)
+    shifted = Rows(rows.x + np.float32(0.2), rows.y, rows.bias, rows.bounds)
+
+    found = choose(shifted, weight, low, high)
+
+    assert errors(shifted, found).sum() < 0.7 * errors(shifted, nearest).sum()
+
+
+def test_the_same_rows_give_the_same_choice():
+    rows, weight, low, high, _ = problem(1, 300, 12, 5)
+
+    np.testing.assert_array_equal(choose(rows, weight, low, high), choose(rows, weight, low, high))
