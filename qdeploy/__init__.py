@@ -13,6 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdeploy.analysis.layers import layer_errors as layer_errors
+    from qdeploy.analysis.sensitivity import sensitivity as sensitivity
+    from qdeploy.analysis.weights import weight_reports as weight_reports
     from qdeploy.api import Deployment as Deployment
     from qdeploy.api import contract as contract
     from qdeploy.api import export as export
@@ -46,6 +49,7 @@ _MODULES = {
     "contract": "api",
     "describe": "graph",
     "export": "api",
+    "layer_errors": "analysis.layers",
     "lint": "quantize.lint",
     "open_bundle": "bundle.load",
     "open_samples": "samples.open",
@@ -53,6 +57,8 @@ _MODULES = {
     "prepare": "prepare",
     "quantize": "quantize.static",
     "recover": "recover.steps",
+    "sensitivity": "analysis.sensitivity",
+    "weight_reports": "analysis.weights",
 }
 """The public names, and where each is defined."""
 

@@ -12,7 +12,7 @@ from qdeploy.backends.trt.build import build, check_parses, profile
 from qdeploy.backends.trt.contract import Options
 from qdeploy.backends.trt.engine import MODEL, PLAN, EngineRunner, Record
 from qdeploy.backends.trt.layer_log import layers
-from qdeploy.backends.trt.library import CURE, device_count, installed, library
+from qdeploy.backends.trt.library import CURE, cuda_devices, installed, library
 from qdeploy.backends.trt.simulation import Simulated
 from qdeploy.model import FloatModel, QuantizedModel, copy_model
 from qdeploy.scheme import QuantContract
@@ -31,7 +31,7 @@ class TensorRT(Backend):
         """Whether one of the two libraries is installed: TensorRT-RTX builds without a GPU."""
         if not installed():
             return Availability(ok=False, reason="neither tensorrt nor tensorrt_rtx is installed", cure=CURE)
-        if installed() == ["tensorrt"] and not device_count():
+        if installed() == ["tensorrt"] and not cuda_devices():
             return Availability(ok=False, reason="tensorrt builds on a machine with its GPU only", cure=CURE)
         return Availability(ok=True)
 
@@ -64,6 +64,6 @@ class TensorRT(Backend):
 
     def open(self, artifact: Artifact, options: Options) -> Runner:
         """The engine on a GPU; without one, its model on ONNX Runtime."""
-        if device_count():
+        if cuda_devices():
             return EngineRunner(artifact.directory, options)
         return Simulated(artifact.directory / MODEL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from qdeploy.device import cuda_devices
 from qdeploy.errors import UnavailableError
 
 MODULES = ("tensorrt", "tensorrt_rtx")
@@ -42,7 +42,7 @@ class Library:
 def installed() -> list[str]:
     """The modules that are installed, the one to use first: TensorRT itself needs a GPU. Loads nothing."""
     found = [name for name in MODULES if find_spec(name) is not None]
-    return found if device_count() else found[::-1]
+    return found if cuda_devices() else found[::-1]
 
 
 @cache
@@ -59,18 +59,6 @@ def library() -> Library:
         return Library(importlib.import_module(names[0]))
     except (ImportError, OSError) as error:
         raise UnavailableError(f"{names[0]} cannot be loaded: {error}", f"Install it anew: {CURE}.") from error
-
-
-@cache
-def device_count() -> int:
-    """How many CUDA devices the driver offers; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    ready = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-    return count.value if ready else 0
 
 
 Messages = list[tuple[str, str]]

@@ -44,20 +44,30 @@ def clipping(plan: QuantPlan, statistics: Statistics) -> QuantPlan:
     """The plan with the grids of symmetric weights and of activations clipped where they have 4 bits or fewer."""
     statistics.require_model(plan.model.digest)
     constants = questions.load_graph(plan.model.path).graph.initializers
-    weights, ranges, activations = dict(plan.weights), dict(plan.ranges), dict(plan.activations)
-    for name, affine in plan.weights.items():
-        weight = questions.constant(constants[name])
-        if weight is not None and _is_coarse(affine) and not affine.zero_point.any() and name not in plan.replaced:
-            weights[name] = _stored(replace(affine, scale=clipped_scale(weight, affine)), plan)
+    clipped: dict[int, tuple[Range, Affine]] = {}
     for name, affine in plan.activations.items():
-        if _is_coarse(affine):
-            ranges[name] = clipped_range(statistics.tensors[name], plan.ranges[name], affine)
-            activations[name] = _stored(_regrid(ranges[name], plan.ranges[name], affine), plan)
-    return replace(plan, weights=weights, ranges=ranges, activations=activations, steps=(*plan.steps, NAME))
+        if affine.integer.bits <= MOST_BITS and id(affine) not in clipped:  # values that are moved keep one grid
+            present = plan.ranges[name]
+            chosen = clipped_range(statistics.tensors[name], present, affine)
+            clipped[id(affine)] = chosen, _stored(_regrid(chosen, present, affine), plan)
+    shared = {key: affine for key, (_, affine) in clipped.items()}
+    weights = {name: shared.get(id(affine), affine) for name, affine in plan.weights.items()}
+    for name, affine in weights.items():
+        weight = questions.constant(constants[name])
+        if weight is not None and _is_coarse_weight(affine) and name not in plan.replaced:
+            weights[name] = _stored(replace(affine, scale=clipped_scale(weight, affine)), plan)
+    return replace(
+        plan,
+        weights=weights,
+        activations={name: shared.get(id(affine), affine) for name, affine in plan.activations.items()},
+        ranges={n: clipped[id(a)][0] if id(a := plan.activations[n]) in clipped else r for n, r in plan.ranges.items()},
+        steps=(*plan.steps, NAME),
+    )
 
 
-def _is_coarse(affine: Affine) -> bool:
-    return affine.integer.bits <= MOST_BITS
+def _is_coarse_weight(affine: Affine) -> bool:
+    """Whether a grid has few bits, and is symmetric about 0."""
+    return affine.integer.bits <= MOST_BITS and affine.integer.signed and not affine.zero_point.any()
 
 
 def clipped_scale(weight: NDArray[np.float32], affine: Affine) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ITERATIONS = 1000
 BATCH = 256
 LEARNING_RATE = 0.03
-REGULARIZATION = 0.1
+REGULARIZATION = 10.0
 WARM_START = 0.2
 """Share of the iterations before the regularization sets in."""
 

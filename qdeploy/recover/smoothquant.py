@@ -87,51 +87,46 @@ def groups_of(graph: ir.Model) -> Iterator[Group]:
         products = tuple(value.consumers())
         if value.is_graph_output() or not products or not all(_reads_channels(each, value) for each in products):
             continue
-        places = tuple(_places(node, channels.number_of_inputs(products[0])))
+        places = _places(node, channels.number_of_inputs(products[0]))
         if places:
-            yield Group(value, products, places)
+            yield Group(value, products, tuple(places))
 
 
 def _reads_channels(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node multiplies the last axis of a value with a constant matrix of its own."""
+    """Whether a node multiplies the last axis of a value with a constant matrix of its own, and reads it only there."""
     weight = questions.weight_of(node) if node.op_type in ("MatMul", "Gemm") else None
     if weight is None or weight.ndim != 2 or weight.dtype != np.float32 or len(node.inputs[1].uses()) != 1:
         return False
-    return node.inputs[0] is value and len(value.uses()) == len(value.consumers()) and not _transposes(node)
+    return [each is value for each in node.inputs].count(True) == 1 and not node.attributes.get_int("transA", 0)
 
 
-def _transposes(node: ir.Node) -> bool:
-    return bool(node.attributes.get_int("transA", 0))
-
-
-def _places(node: ir.Node, number: int) -> Iterator[Place]:
+def _places(node: ir.Node, number: int) -> list[Place]:
     """The constants that a node's output is proportional to, channel by channel; none if there are no such."""
     if node.op_type == "LayerNormalization":
-        if all(_is_vector(value, number) for value in node.inputs[1:]):
-            yield from (Place(node, index) for index in range(1, len(node.inputs)))
-    elif questions.weight_of(node) is not None and node.op_type in ("MatMul", "Gemm"):
-        yield from _product_places(node, number)
-    elif node.op_type in ("Mul", "Add"):
-        index = next((i for i, value in enumerate(node.inputs) if _is_vector(value, number)), None)
-        if index is None:
-            return
-        inner = node.inputs[1 - index]
-        producer = inner.producer() if inner is not None else None
-        if node.op_type == "Mul":
-            yield Place(node, index)
-        elif producer is not None and questions.sole_consumer(inner) is node:
-            before = tuple(_places(producer, number)) if producer.op_type in ("Mul", "MatMul") else ()
-            yield from (*before, Place(node, index)) if before else ()
+        vectors = all(_is_vector(value, number) for value in node.inputs[1:])
+        return [Place(node, index) for index in range(1, len(node.inputs))] if vectors else []
+    if node.op_type in ("MatMul", "Gemm"):
+        return _product_places(node, number)
+    index = next((i for i, value in enumerate(node.inputs) if _is_vector(value, number)), None)
+    if index is None or node.op_type not in ("Mul", "Add"):
+        return []
+    if node.op_type == "Mul":
+        return [Place(node, index)]
+    inner = node.inputs[1 - index]
+    producer = inner.producer() if inner is not None and questions.sole_consumer(inner) is node else None
+    places = _places(producer, number) if producer is not None and producer.op_type in ("Mul", "MatMul") else []
+    return [*places, Place(node, index)] if places else []
 
 
-def _product_places(node: ir.Node, number: int) -> Iterator[Place]:
+def _product_places(node: ir.Node, number: int) -> list[Place]:
     weight = questions.weight_of(node)
     addend = node.inputs[2] if len(node.inputs) > 2 else None
     if weight is None or weight.ndim != 2 or channels.number_of_outputs(node) != number:
-        return
-    if addend is None or _is_vector(addend, number):
-        yield Place(node, 1, channels.output_channels(node, weight))
-        yield from () if addend is None else (Place(node, 2),)
+        return []
+    if addend is not None and not _is_vector(addend, number):
+        return []
+    bias = [Place(node, 2)] if addend is not None else []
+    return [Place(node, 1, channels.output_channels(node, weight)), *bias]
 
 
 def _is_vector(value: ir.Value | None, number: int) -> bool:

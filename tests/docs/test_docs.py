@@ -86,7 +86,7 @@ def environment(folder: Path) -> dict[str, str]:
     plug_ins = str(folder / "site")
     pip = {"PIP_TARGET": plug_ins, "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1"}
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, **pip, "PATH": programs, "PYTHONPATH": plug_ins, "COLUMNS": "100"}
+    return {**os.environ, **pip, "PATH": programs, "PYTHONPATH": plug_ins, "COLUMNS": "100", "XDG_CACHE_HOME": plug_ins}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ NAMES = {
     "contract",
     "describe",
     "export",
+    "layer_errors",
     "lint",
     "open_bundle",
     "open_samples",
@@ -29,6 +30,8 @@ NAMES = {
     "prepare",
     "quantize",
     "recover",
+    "sensitivity",
+    "weight_reports",
 }
 """What others import; a name may be added, never taken away."""
 

@@ -140,7 +140,7 @@ def test_a_half_network_runs_in_half(tmp_path):
     assert kinds["conv"] == kinds["depthwise"] == kinds["pointwise"] == kinds["classifier"] == ("fp16", "fp16")
 
 
-@pytest.mark.skipif(library.device_count() > 0, reason="has a GPU")
+@pytest.mark.skipif(library.cuda_devices() > 0, reason="has a GPU")
 @pytest.mark.parametrize("precision", ["int8", "fp16", "int8-fp16"])
 def test_without_a_gpu_the_very_model_runs_on_the_cpu(precision, tmp_path):
     artifact, _ = lowered(NET, tmp_path, precision)
@@ -161,7 +161,7 @@ def samples_for_net():
     return {"image": np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
 
 
-@pytest.mark.skipif(library.device_count() == 0, reason="NOT TESTED: engines run on a CUDA device, and there is none")
+@pytest.mark.skipif(library.cuda_devices() == 0, reason="NOT TESTED: engines run on a CUDA device, and there is none")
 @pytest.mark.parametrize("precision", ["int8", "fp16", "int8-fp16", "fp32"])
 def test_an_engine_is_near_its_own_graph(precision, tmp_path):
     artifact, _ = lowered(NET, tmp_path, precision)
@@ -267,7 +267,7 @@ def test_missing_libraries_are_explained(monkeypatch):
 
 def test_tensorrt_itself_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(library, "find_spec", {"tensorrt": True}.get)
-    monkeypatch.setattr(backend, "device_count", lambda: 0)
+    monkeypatch.setattr(backend, "cuda_devices", lambda: 0)
 
     assert TensorRT().availability().reason == "tensorrt builds on a machine with its GPU only"
 

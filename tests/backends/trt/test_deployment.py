@@ -9,13 +9,13 @@ import pytest
 
 import qdeploy
 from qdeploy import pipeline
-from qdeploy.backends.trt.library import device_count
+from qdeploy.backends.trt.library import cuda_devices
 from qdeploy.cli import main
 from tests.contracts.backend_contract import NET, float_model
 
 pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX: pip install tensorrt-rtx"),
-    pytest.mark.skipif(device_count() > 0, reason="has a GPU: rows are executed"),
+    pytest.mark.skipif(cuda_devices() > 0, reason="has a GPU: rows are executed"),
 ]
 
 

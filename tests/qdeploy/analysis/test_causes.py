@@ -6,7 +6,10 @@ import pytest
 from qdeploy.analysis.causes import FEWEST_LEVELS, Measured, causes_of, interval, rms_of
 from qdeploy.analysis.layers import layer_errors
 from qdeploy.analysis.operands import layers_of
+from qdeploy.calibration_readers.minmax import MinMax
+from qdeploy.calibration_readers.percentile import Percentile
 from qdeploy.graph import load_graph
+from qdeploy.plan import plan
 from qdeploy.samples.source import Sample
 
 NOTHING_MEASURED = Measured(40.0, None, None)
@@ -72,28 +75,39 @@ def test_one_channel_far_from_zero_is_found_where_it_is_written(five_convolution
     assert "Channel 7 of 'r2'" in found.explanation
 
 
-def with_spikes(model, random_samples, channels, height):
+@pytest.mark.parametrize(
+    ("spiked", "flag"),
+    [(1, "--reader percentile:99.9, or --keep only"), (16, "--keep only")],
+    ids=["rare enough to be clipped", "too frequent"],
+)
+def test_outliers_take_the_levels_of_all_other_values(build, normal_form, node, causes, random_samples, spiked, flag):
+    constants = {"k": np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)}
+    nodes = [node("Conv", "x k", "y", name="only")]
+    model = normal_form(build(nodes, {"x": [1, 3, 16, 16]}, {"y": [1, 4, 14, 14]}, constants))
     samples = random_samples(model, 16)
-    for sample in samples:
-        sample.inputs["x"][0, channels, 3, 3] = height
-    return samples
-
-
-def test_a_rare_outlier_is_found_and_clipped_or_kept(five_convolutions, causes, random_samples):
-    model = five_convolutions()
-    samples = with_spikes(model, random_samples, 0, 500.0)[:1] + random_samples(model, 15, seed=4)
+    for sample in samples[:spiked]:
+        sample.inputs["x"][0, 0, 3, 3] = 500
     (found,) = causes(model, samples)
 
-    assert (found.kind, found.layer, found.tensor) == ("outliers", "conv0", "x")
+    assert (found.kind, found.layer, found.tensor, found.flag) == ("outliers", "only", "x", flag)
     assert "'x' reaches 500, while 99 % of its values lie from -2." in found.explanation
-    assert found.flag == "--reader percentile:99.99, or --keep conv0"
 
 
-def test_an_outlier_too_frequent_to_be_clipped_is_kept(five_convolutions, causes, random_samples):
-    model = five_convolutions()
-    (found,) = causes(model, with_spikes(model, random_samples, slice(None), 500.0))
+def test_the_flag_for_rare_outliers_mends_them(two_gemms, counted, folder, random_samples, contract):
+    model, _ = two_gemms
+    samples = random_samples(model, 1000)
+    samples[0].inputs["x"][0, 0] = 500
+    statistics = counted(model, samples)
 
-    assert (found.kind, found.flag) == ("outliers", "--keep conv0")
+    def kinds(reader):
+        found = layer_errors(plan(model, statistics, contract, reader), statistics, samples[1:9], folder())
+        return [(cause.kind, cause.flag) for cause in found.causes], found.layers[0].own_db
+
+    found, harmed = kinds(MinMax())
+    assert found[0] == ("outliers", "--reader percentile:99.9, or --keep first")
+    found, mended = kinds(Percentile(99.9))
+    assert found == []
+    assert mended > harmed + 20
 
 
 def test_a_tensor_that_several_layers_read_is_at_fault_once(build, normal_form, node, causes):

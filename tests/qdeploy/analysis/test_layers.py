@@ -206,7 +206,7 @@ def test_a_subgraph_reads_what_the_branch_has_changed(node, build, normal_form, 
 
     def run(x, flag, stored):
         first = stored(x, "x") @ stored(constants["w"], "w")
-        either = (np.tanh if flag else np.negative)(stored(first, "g"))
+        either = (np.tanh if flag else np.negative)(first)  # what a subgraph captures stays float
         return stored(either, "h") @ stored(constants["v"], "v")
 
     def rounding(values, name):

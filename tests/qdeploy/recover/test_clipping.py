@@ -208,3 +208,21 @@ def test_symmetry_stays_also_where_the_zero_point_is_in_the_middle(model, contra
         expected = affine_from_limits(chosen.minimum, chosen.maximum, integer, symmetric=symmetric)
         assert clipped.activations[name].scale == expected.scale
         assert clipped.activations[name].zero_point == expected.zero_point
+
+
+def test_moved_values_and_bounds_keep_one_grid(build, node, normal_form, contract, random_samples):
+    nodes = [node("Conv", "x w", "y"), node("Relu", "y", "z"), node("MaxPool", "z", "m", kernel_shape=[2, 2])]
+    nodes += [node("Min", "m c", "n"), node("Conv", "n v", "out")]
+    weights = {"w": floats(8, 8, 1, 1), "v": floats(8, 8, 1, 1), "c": np.full((1, 8, 1, 1), 4, np.float32)}
+    model = normal_form(build(nodes, {"x": [1, 8, 16, 16]}, {"out": [1, 8, 15, 15]}, weights))
+    moving = tuple(rule for rule in contract.rules if rule.moves_values)
+    conv = coarse(contract, activations=UINT4)
+    statistics = collect(model, random_samples(model))
+    plan = make_plan(model, statistics, replace(conv, rules=(*conv.rules, *moving)), MinMax())
+
+    clipped = clipping(plan, statistics)
+
+    grids = [clipped.activations["z"], clipped.activations["m"], clipped.activations["n"], clipped.weights["c"]]
+    assert plan.activations["z"].scale > grids[0].scale
+    assert all(grid is grids[0] for grid in grids)
+    assert clipped.ranges["z"] == clipped.ranges["m"] == clipped.ranges["n"]
