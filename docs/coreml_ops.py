@@ -79,9 +79,11 @@ def cases(only: Sequence[str] = ()) -> Iterator[Case]:
         nodes = test.model.graph.node
         if len(nodes) != 1 or nodes[0].domain or nodes[0].op_type not in (only or TABLE):
             continue
+        if test.name.endswith("_expanded"):  # of another operator, written in this one
+            continue
         types = {_type(value) for value in (*test.model.graph.input, *test.model.graph.output)}
-        if types <= REALS | OTHERS and types & REALS:
-            yield _case(test)
+        if types <= REALS | OTHERS and types & REALS and (case := _case(test)).inputs:
+            yield case
 
 
 def _type(value: onnx.ValueInfoProto) -> str:
@@ -120,8 +122,6 @@ def outcome(case: Case) -> Outcome:
     """Lower, save, interpret, compare."""
     if found := unsupported(case.model):
         return Outcome(case.op_type, case.name, "refused", found[0].reason)
-    if not case.inputs:
-        return Outcome(case.op_type, case.name, "refused", "nothing is left to compute once its inputs are constant")
     specs = [tuple(map(spec, part)) for part in (case.model.graph.inputs, case.model.graph.outputs)]
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -496,8 +496,28 @@ def _tracing() -> Iterator[None]:
     torch = _torch()
     for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
         operator._dispatch_cache.clear()  # noqa: SLF001 - torch offers no other way
-    with _quiet(), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with _quiet(), torch.no_grad(), attention, _exact_rewrites():
         yield
+
+
+@contextmanager
+def _exact_rewrites() -> Iterator[None]:
+    """Without the rewrites that take x + 1e-12 for x: where that guards a division, the quotient would become NaN.
+
+    torch runs onnxscript's default rules on what it exports, and offers no choice of them: only not to run any, and
+    then it gives inputs that are outputs, too, the outputs' names.
+    """
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules.common import _no_op
+
+    inexact = tuple(_no_op.rules)
+    before = rewriter._DEFAULT_REWRITE_RULES  # noqa: SLF001 - onnxscript offers no other way
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in before if rule not in inexact)  # noqa: SLF001
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = before  # noqa: SLF001
 
 
 @contextmanager

@@ -229,7 +229,8 @@ def _check_targets(lookups: list[Job | Unavailable], model: FloatModel) -> None:
 def build(making: Making, bundle: Path, on_progress: Callable[[float], None] = no_progress) -> Built:
     """Write the graph in the form that the target is given, and lower it into its folder of the bundle."""
     job, folder = making.job, _made(bundle / making.job.folder)
-    quantized, attempts = None, ()
+    quantized: QuantizedModel | None = None
+    attempts: tuple[Attempt, ...] = ()
     if job.calibrated:
         recovered, attempts = _recovered(making)
         quantized = FROM_PLAN[job.contract.form](recovered, _made(making.folder / "quantized"))

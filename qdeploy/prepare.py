@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 OPSET = 20
 """The opset of every prepared model: what torch.onnx.export writes, with room for all targets."""
 
+FOLDING_ROUNDS = 2
+"""What a rewrite leaves constant is folded in the second."""
+
 LOWEST_OPSET = 7
 """Older models cannot be converted."""
 
@@ -91,23 +94,93 @@ def _fold(graph: ir.Model) -> None:
     """Fold what is constant, and BatchNorm into the operator before it.
 
     Conv ─► BatchNormalization ─► y        becomes        Conv(W·γ/σ, (b − μ)·γ/σ + β) ─► y
+
+    These are the passes of onnxscript's optimizer, but for the rules that take x + ε for x (of any |ε| up to 1e-8, and
+    likewise x·1.00001): where ε guards a division, the quotient would become NaN.
     """
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules import common as rules
 
     passes.RemoveInitializersFromInputsPass()(graph)
-    optimizer.optimize_ir(graph, should_fold=_arranges_constants)
-    rewriter.rewrite(
-        graph,
-        pattern_rewrite_rules=[
-            rules.fuse_batchnorm_into_conv_rule,
-            rules.fuse_batchnorm_into_conv_transpose_rule,
-            rules.fuse_batchnorm_into_gemm_rule,
-        ],
-    )
+    passes.InlinePass()(graph)
+    for _ in range(FOLDING_ROUNDS):
+        optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=_arranges_constants)
+        rewriter.rewrite(graph, pattern_rewrite_rules=_exact_rules())
+        _drop_neutral(graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    passes.LiftSubgraphInitializersToMainGraphPass()(graph)
+    passes.DeduplicateInitializersPass()(graph)
+    passes.CommonSubexpressionEliminationPass()(graph)
+    passes.OutputFixPass()(graph)
+    passes.NameFixPass()(graph)
     passes.ShapeInferencePass()(graph)
+
+
+NEUTRAL = {"Add": (0, (0, 1)), "Sub": (0, (1,)), "Mul": (1, (0, 1)), "Div": (1, (1,))}
+"""Operator → the operand that leaves the other as it is, and where it may stand."""
+
+
+def _drop_neutral(graph: ir.Model) -> None:
+    """Remove sums with zero and products with one: just these, not values near them.
+
+    x ─► Mul(1) ─► y        becomes        x ─► y
+    """
+    for node in graph.graph.all_nodes():
+        neutral, places = NEUTRAL.get(node.op_type, (0, ()))
+        for place in places if not node.domain else ():
+            operand, kept = constant(node.inputs[place]), node.inputs[1 - place]
+            if operand is None or kept is None or operand.size != 1 or operand.item() != neutral:
+                continue
+            result = node.outputs[0]
+            if kept.shape is None or operand.ndim > len(kept.shape) or result.is_graph_output():
+                continue
+            result.replace_all_uses_with(kept)
+            break
+
+
+def _exact_rules() -> list[Any]:
+    """Rewrites that leave every value as it is, but for the rounding of folded constants."""
+    from onnxscript.rewriter.rules import common as rules
+
+    return [
+        rules.cast_constant_of_shape_rule,
+        rules.cast_constant_of_shape_without_value_rule,
+        rules.collapse_slice_rule,
+        rules.collapse_slice2_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.min_min_rule,
+        rules.max_max_rule,
+        rules.min_max_rule,
+        rules.max_min_rule,
+        rules.successive_relu_rule,
+        rules.successive_clip_rule,
+        rules.successive_relu_clip_rule,
+        rules.successive_clip_relu_rule,
+        rules.cast_cast_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_expand_rule,
+        rules.flatten_to_reshape_rule,  # before those of Reshape
+        rules.two_reshapes_matmul_reshape_rule,
+        rules.one_reshape_matmul_reshape_rule,
+        rules.no_op_transpose_rule,
+        rules.reshape_reshape_rule,
+        rules.slice_split_rule,
+        rules.squeeze_reshape_1d_rule,
+        rules.transpose_transpose_rule,
+        rules.unsqueeze_unsqueeze_rule,
+        rules.dropout_zero_rule,
+        rules.dropout_inference_rule,
+        rules.no_op_dynamic_scatter_nd_rule,
+        rules.no_op_static_scatter_nd_rule,
+        rules.normalize_pad_format_conv_rule,
+        rules.fuse_pad_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_transpose_rule,
+        rules.fuse_batchnorm_into_gemm_rule,
+        rules.remove_optional_bias_from_conv_rule,
+        rules.remove_optional_bias_from_conv_transpose_rule,
+        rules.remove_optional_bias_from_gemm_rule,
+    ]
 
 
 def _arranges_constants(node: ir.Node) -> bool | None:

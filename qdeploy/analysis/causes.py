@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy import graph as questions
-from qdeploy.affine import Affine, theoretical_sqnr_db
-from qdeploy.analysis.operands import Layer
+from qdeploy.affine import Affine, sqnr_from_energies, theoretical_sqnr_db
+from qdeploy.analysis.operands import Layer, moves_values
 from qdeploy.plan import QuantPlan
 from qdeploy.statistics import Statistics, TensorStatistics
 
@@ -38,9 +38,14 @@ MASK = 1000.0
 MASK_GAP = 100.0
 """A mask is at least this far below zero, and this many times as far as any other value."""
 
+NOTABLE_DB = 30.0
+"""Noise of more than 0.1 % of the energy: what makes less is no cause."""
+
 SHIFT_SHARE = 0.5
-SHIFT_DB = 30.0
-"""A shift of whole channels is a cause where it is most of the weights' noise, and that noise is over 0.1 %."""
+"""A shift of whole channels is a cause where it is most of the weights' noise."""
+
+CLIPPED = 10.0
+"""Clipping is a cause where it makes this many times the noise of rounding; the range of least error balances them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Cause:
     """Why a layer loses.
 
     Attributes:
-        kind: "weight channels", "activation channels", "outliers", "mask", "bias shift" or "non-finite".
+        kind: "weight channels", "activation channels", "outliers", "mask", "clipping", "bias shift" or "non-finite".
         layer: The layer at fault: that of the weights, or the one that writes the activation; for a model input, the
             one that reads it.
         loses: The layer whose operand it is, and which loses by it.
@@ -95,8 +100,8 @@ def causes_of(
     for name in layer.inputs:
         tensor = statistics.tensors.get(name)
         if tensor is not None and tensor.count:
-            operand = _Operand(layer.name, _writer(graph, name), tensor, float(plan.activations[name].scale))
-            yield from _mask(operand) or _outliers(operand) or _activation_channels(operand)
+            operand = _Operand(layer.name, _writer(graph, plan, name), tensor, plan.activations[name])
+            yield from _mask(operand) or _outliers(operand) or _activation_channels(operand) or _clipping(operand)
     yield from _bias_shift(layer, measured)
 
 
@@ -120,12 +125,16 @@ def _weight_channels(layer: Layer, graph: ir.Model, plan: QuantPlan) -> Iterator
 
 @dataclass(frozen=True)
 class _Operand:
-    """An activation that a layer reads: who reads it, who writes it ("" for a model input), its values, its scale."""
+    """An activation that a layer reads: who reads it, who writes it ("" for a model input), its values, its grid."""
 
     reader: str
     writer: str
     tensor: TensorStatistics
-    scale: float
+    grid: Affine
+
+    @property
+    def scale(self) -> float:
+        return float(self.grid.scale)
 
     def cause(self, kind: str, levels: float | None, explanation: str, flag: str) -> list[Cause]:
         return [Cause(kind, self.writer or self.reader, self.reader, self.tensor.name, levels, explanation, flag)]
@@ -183,10 +192,29 @@ def _mask(operand: _Operand) -> list[Cause]:
     return operand.cause("mask", None, what, operand.keep)
 
 
+def _clipping(operand: _Operand) -> list[Cause]:
+    """A range that cuts off more than rounding loses, outliers aside, which it may well cut off."""
+    tensor, scale, integer = operand.tensor, operand.scale, operand.grid.integer
+    low, high = (scale * (limit - int(operand.grid.zero_point)) for limit in (integer.qmin, integer.qmax))
+    bins, counted = tensor.bins, interval(tensor, PERCENTILES[-1])
+    values = np.clip((bins.low + bins.high) / 2.0, *counted)
+    signal, lost = (
+        float(np.sum(bins.count * np.square(each))) / tensor.count
+        for each in (values, values - np.clip(values, low, high))
+    )
+    if lost < CLIPPED * scale**2 / 12.0 or sqnr_from_energies(signal, lost) > NOTABLE_DB:
+        return []
+    what = (
+        f"Its range, {low:.3g} to {high:.3g}, cuts off values of {tensor.name!r}, of which {PERCENTILES[-1]:g} % lie "
+        f"from {counted[0]:.3g} to {counted[1]:.3g}: {lost / (scale**2 / 12.0):.3g} times the noise of rounding."
+    )
+    return operand.cause("clipping", None, what, "--reader mse")
+
+
 def _bias_shift(layer: Layer, measured: Measured) -> Iterator[Cause]:
     """Rounded weights that move the mean of whole channels."""
     shift, loss = measured.bias_shift, measured.weights_db
-    if shift is not None and loss is not None and shift >= SHIFT_SHARE and loss <= SHIFT_DB:
+    if shift is not None and loss is not None and shift >= SHIFT_SHARE and loss <= NOTABLE_DB:
         what = f"{100 * shift:.0f} % of the error of its rounded weights is a shift of whole channels."
         flag = "--recover bias-correction"
         yield Cause("bias shift", layer.name, layer.name, layer.weights[0], None, what, flag)
@@ -219,14 +247,19 @@ def _times(widths: NDArray[np.float64]) -> str:
     return f"{widths.max() / np.median(widths[widths > 0]):.3g} times"
 
 
-def _writer(graph: ir.Model, name: str) -> str:
-    """The operator that a tensor comes from, that before the activation fused into it; empty for a model input."""
-    for node in graph.graph:
-        if any(value.name == name for value in node.outputs):
-            source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-            fused = source is not None and questions.fused_activation(source) is node
-            return str(source.name if fused and source is not None else node.name)
-    return ""
+def _writer(graph: ir.Model, plan: QuantPlan, name: str) -> str:
+    """The operator that computes a tensor; empty for a model input.
+
+    Activations are part of the operator before them, and operators that move values hand on what another computed.
+    """
+    node = next((node for node in graph.graph if any(value.name == name for value in node.outputs)), None)
+    writer = ""
+    while node is not None:
+        writer = str(node.name)
+        before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        fused = before is not None and questions.fused_activation(before) is node
+        node = before if fused or moves_values(node, plan) else None
+    return writer
 
 
 def theoretical_db(layer: Layer, graph: ir.Model, plan: QuantPlan, statistics: Statistics) -> float:

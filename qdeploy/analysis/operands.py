@@ -61,7 +61,7 @@ def layers_of(graph: ir.Model, plan: QuantPlan) -> tuple[Layer, ...]:
     found = []
     for node in graph.graph:
         name = str(node.name)
-        if not plan.nodes[name].quantized or name in absorbed or _moves_values(node, plan):
+        if not plan.nodes[name].quantized or name in absorbed or moves_values(node, plan):
             continue
         read = dict.fromkeys(questions.name_of(value) for value in node.inputs if value is not None)
         weights = tuple(each for each in read if each in plan.weights)
@@ -73,9 +73,9 @@ def layers_of(graph: ir.Model, plan: QuantPlan) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def _moves_values(node: ir.Node, plan: QuantPlan) -> bool:
+def moves_values(node: ir.Node, plan: QuantPlan) -> bool:
     """Whether the output is quantized just as input 0 is: nothing is rounded between the two."""
-    names = [questions.name_of(value) for value in (node.inputs[0], node.outputs[0]) if value is not None]
+    names = [questions.name_of(value) for value in (*node.inputs[:1], node.outputs[0]) if value is not None]
     grids = [plan.activations.get(name) for name in names]
     return not questions.has_weight(node) and len(grids) == 2 and grids[0] is not None and grids[0] is grids[1]
 

@@ -110,7 +110,7 @@ def _row_limit(node: ir.Node) -> int:
     weight = questions.weight_of(node)
     assert weight is not None
     groups, inputs, outputs = matrices(node, weight).shape
-    return min(ROWS, max(LEAST_ROWS, LAYER_BYTES // (4 * groups * (inputs + outputs))))
+    return int(min(ROWS, max(LEAST_ROWS, LAYER_BYTES // (4 * groups * (inputs + outputs)))))
 
 
 def _joined(

@@ -48,7 +48,9 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
     with TemporaryDirectory(dir=folder) as name:
         path = Path(name) / "model.onnx"
         with_bias = {str(node.name): _output_with_bias(node) for node in nodes}
-        wanted = _channel_means(Probe(questions.load_graph(plan.model.path), with_bias.values(), path, "all"), nodes, with_bias, samples)
+        wanted = _channel_means(
+            Probe(questions.load_graph(plan.model.path), with_bias.values(), path, "all"), nodes, with_bias, samples
+        )
         for start, block in blocks(nodes):
             simulation = simulate(plan, nodes[start:])
             without_bias = {str(node.name): _add_rounded_twin(simulation, node, plan) for node in block}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,8 @@ def weighted_nodes(plan: QuantPlan, graph: ir.Model) -> list[ir.Node]:
 def blocks(nodes: Sequence[ir.Node]) -> list[tuple[int, Sequence[ir.Node]]]:
     """The nodes in order, cut into at most `PASSES` blocks of nearly equal length, each with where it begins."""
     count = min(PASSES, len(nodes))
-    edges = [len(nodes) * i // count for i in range(count)] if count else []
-    return [(start, nodes[start:end]) for start, end in zip(edges, [*edges[1:], len(nodes)], strict=True)]
+    edges = [len(nodes) * i // max(count, 1) for i in range(count + 1)]
+    return [(start, nodes[start:end]) for start, end in pairwise(edges)]
 
 
 def exact_weight(plan: QuantPlan, node: ir.Node) -> NDArray[Any]:
@@ -88,7 +89,12 @@ def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
 
 
 def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
-    """x ─► …        becomes        x' ─► Q ─► DQ ─► x ─► …        where a graph input keeps its own name instead."""
+    """Let everything that reads a tensor read it on its grid.
+
+    x ─► …        becomes        x' ─► Q ─► DQ ─► x ─► …
+
+    The tensor on the grid takes the name, but for a graph input's: it is "x/quantized".
+    """
     import onnx_ir as ir
 
     name = questions.name_of(value)
@@ -130,8 +136,8 @@ class Probe:
         graph.graph.outputs[:] = [values[name] for name in self._names]
         passes.RemoveUnusedNodesPass()(graph)
         questions.save_graph(graph, path)
-        self._taken = [str(value.name) for value in graph.graph.inputs]
-        self._session = open_session(path, graph_level=graph_level)
+        # ONNX Runtime takes no graph without nodes: what is wanted then are the inputs alone.
+        self._session = open_session(path, graph_level=graph_level) if self._names else None
 
     def __call__(self, sample: Sample) -> dict[str, NDArray[Any]]:
         """The tensors by name, and the sample's own.
@@ -140,10 +146,10 @@ class Probe:
             InputError: The model fails on the sample.
         """
         inputs = input_arrays(sample.inputs)
-        if not self._names:
+        if self._session is None:
             return inputs
         try:
-            found = self._session.run(self._names, {name: inputs[name] for name in self._taken})
+            found = self._session.run(self._names, inputs)
         except Exception as error:  # ORT raises a different class for each of its status codes
             raise InputError(f"The model fails on {sample.origin}: {str(error).strip()}") from error
         return {**inputs, **dict(zip(self._names, found, strict=True))}

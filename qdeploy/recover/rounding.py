@@ -12,7 +12,8 @@ nearest makes, so that λ means the same for every channel of every network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 ITERATIONS = 1000
-BATCH = 256
+BATCH = 64
 LEARNING_RATE = 0.03
 REGULARIZATION = 10.0
 WARM_START = 0.2
@@ -74,24 +75,38 @@ def choose(
     """
     import torch
 
-    x, y, bias, weight_, below, above = (
-        torch.from_numpy(np.array(each)) for each in (rows.x, rows.y, rows.bias, weight, low, high)
-    )
+    arrays = (rows.x, rows.y, rows.bias, weight, low, high)
+    x, y, bias, exact, below, above = (torch.from_numpy(np.array(each)) for each in arrays)
 
     def errors(rounded: torch.Tensor, part: slice) -> torch.Tensor:
         """Mean square error of each output channel, [groups, 1, outputs]."""
         output = torch.baddbmm(bias, x[:, part], rounded).clamp(*rows.bounds)
         return (output - y[:, part]).square().mean(dim=1, keepdim=True)
 
-    nearest = torch.where(weight_ - below < above - weight_, below, above)
+    nearest = torch.where(exact - below < above - exact, below, above)
     at_nearest = errors(nearest, slice(None))
     unit = torch.where(at_nearest > 0, 1 / at_nearest, 0)
     span = above - below
-    share = torch.where(span > 0, (weight_ - below) / span, 0.5).clamp(0, 1)
-    found = _anneal(share, lambda up, part: (unit * errors(below + span * up, part)).sum(), x.shape[1])
+    share = torch.where(span > 0, (exact - below) / span, 0.5).clamp(0, 1)
+    with _one_thread():
+        found = _anneal(share, lambda up, part: (unit * errors(below + span * up, part)).sum(), x.shape[1])
     rounded = torch.where(found, above, below)
     better = errors(rounded, slice(None)) < at_nearest
-    return torch.where(better, rounded, nearest).numpy()
+    chosen: NDArray[np.float32] = torch.where(better, rounded, nearest).numpy()
+    return chosen
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for matrices this small: several wait for one another, a hundred times longer on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _anneal(share: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int) -> torch.Tensor:

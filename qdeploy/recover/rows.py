@@ -22,7 +22,7 @@ Positions = NDArray[np.integer[Any]]
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether a weighted node is a product of one matrix for each group: not a ConvTranspose, nor a batch of weights."""
+    """Whether a node multiplies by one constant matrix for each group: no ConvTranspose does, nor a batch of weights."""
     weight = questions.weight_of(node)
     if weight is None or node.op_type == "ConvTranspose" or (node.op_type == "MatMul" and weight.ndim > 2):
         return False
@@ -46,7 +46,7 @@ def stored_layout(node: ir.Node, products: NDArray[Any], shape: tuple[int, ...])
 
 def position_count(node: ir.Node, output: NDArray[Any]) -> int:
     """How many positions a layer's output has."""
-    return output.size // output.shape[1 if node.op_type == "Conv" else -1]
+    return int(output.size // output.shape[1 if node.op_type == "Conv" else -1])
 
 
 def output_rows(node: ir.Node, output: NDArray[np.float32], chosen: Positions) -> NDArray[np.float32]:

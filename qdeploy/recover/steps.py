@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 from qdeploy.errors import InputError
 from qdeploy.plan import QuantPlan
+from qdeploy.recover.adaround import adaround
 from qdeploy.recover.bias_correction import bias_correction
+from qdeploy.recover.bias_correction_empirical import bias_correction_empirical
 from qdeploy.recover.clipping import clipping
 from qdeploy.recover.equalization import equalization
 from qdeploy.recover.keep_edges import keep_edges
@@ -28,9 +30,11 @@ def _of_plan(step: Callable[[QuantPlan, Statistics], QuantPlan]) -> RecoveryStep
 STEPS: Mapping[str, RecoveryStep] = MappingProxyType(
     {
         "bias-correction": _of_plan(bias_correction),
+        "bias-correction-empirical": bias_correction_empirical,
         "equalization": equalization,
         "smoothquant": smoothquant,
         "clipping": _of_plan(clipping),
+        "adaround": adaround,
         "keep-edges": keep_edges,
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
@@ -29,7 +30,7 @@ def show(title: str, found: Sequence[WeightReport] | Sensitivity | LayerErrors, 
 
 
 def _weights(reports: Sequence[WeightReport]) -> Iterator[RenderableType]:
-    titles = ("Weight", "Shape", "Ratio", "Outliers", "One scale", "Scale a channel", "Stored", "Recommended")
+    titles = ("Weight", "Shape", "Ratio", "Outliers", "One scale", "Scale a channel", "Recommended")
     rows = (
         (
             each.weight,
@@ -38,24 +39,18 @@ def _weights(reports: Sequence[WeightReport]) -> Iterator[RenderableType]:
             str(each.outliers),
             _decibels(each.per_tensor_db),
             _decibels(each.per_channel_db),
-            _granularity(each.scheme),
             each.recommended,
         )
         for each in reports
     )
-    yield _table(titles, rows, left=("Weight", "Stored", "Recommended"))
-    yield plain(
-        "\nRatio: the largest channel's range over the smallest's. Outliers: beyond six times their channel's rms."
-    )
+    yield _table(titles, rows, left=("Weight", "Recommended"))
+    yield plain("\nRatio: the largest channel's range over the smallest's. Outliers: beyond 6 × their channel's rms.")
     yield plain("One scale, Scale a channel: SQNR in dB as int8, where a small channel counts like a large one.")
+    stored = Counter(each.scheme or "float" for each in reports)
+    yield plain("Stored as: " + ", ".join(f"{scheme}: {count}" for scheme, count in stored.most_common()) + ".")
     for advice in dict.fromkeys(each.advice for each in reports if each.advice):
         names = [each.weight for each in reports if each.advice == advice]
         yield plain(f"{len(names)} of {len(reports)} weights want a scale a channel and have one in all: {advice}")
-
-
-def _granularity(scheme: str | None) -> str:
-    """A scheme for a narrow column: "int8 symmetric per-channel (axis 0)" → "int8 per-channel"."""
-    return "float" if scheme is None else scheme.partition(" (")[0].replace(" symmetric", "")
 
 
 def _sensitivity(found: Sensitivity) -> Iterator[RenderableType]:
@@ -108,8 +103,8 @@ def _sentences(found: LayerErrors) -> Iterator[str]:
         weight = layers[cause.layer].weight if cause.layer in layers else ""
         yield f"{weight or cause.layer}: {cause.kind}. {cause.explanation} To mend it: {cause.flag}"
     if found.first_apart is not None and not found.causes:
-        yield "No layer loses more than its bits cost; the errors of many add up. What each costs the output:"
-        yield "qdeploy analyze sensitivity"
+        yield "No fault was found in any one layer: the errors of many add up."
+        yield "What each costs the output: qdeploy analyze sensitivity"
     yield from (f"{name} stays float: {reason}" for name, reason in found.left_float.items())
 
 

@@ -300,7 +300,8 @@ def test_inputs_and_outputs_of_the_onnx_model_are_those_of_the_module(sequences)
         "weights_output=float32[batch,length,8]",
     ]
     assert model.dims == {"batch": DimRange(1, 2, 6), "length": DimRange(3, 4, 50)}
-    assert model.parameters == 20 * 8 + 8 + 8 + 8 * 5 + 5 + 1  # and the mask's infinity
+    constants = 2  # the mask's infinity, and a factor of one
+    assert model.parameters == 20 * 8 + 8 + 8 + 8 * 5 + 5 + constants
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 3), (2, 4), (6, 50), (3, 17)])
@@ -816,3 +817,16 @@ def test_a_large_model_is_written_with_external_data(tmp_path, monkeypatch, run_
     assert sorted(file.name for file in tmp_path.iterdir()) == ["exported.onnx", "exported.onnx.data"]
     assert model.path.stat().st_size < 10_000
     assert_same(run_onnx, model, module, X.numpy())
+
+
+class Guarded(nn.Module):
+    def forward(self, x):
+        return x / (x.abs().sum() + 1e-12)
+
+
+def test_a_guard_of_a_division_is_exported_however_small(tmp_path, run_onnx):
+    loaded = load(ModelSource("Guarded", "module", module=Guarded(), example_inputs=(torch.ones(2),)))
+    model = export(loaded, [], tmp_path)
+
+    (y,) = run_onnx(model.path, {model.inputs[0].name: np.zeros(2, np.float32)}).values()
+    np.testing.assert_array_equal(y, np.zeros(2))

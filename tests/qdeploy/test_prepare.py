@@ -420,3 +420,48 @@ def test_a_truncated_file_is_refused(build, node, normal_form):
         model.path.write_bytes(content[:length])
         with pytest.raises(InputError, match=r"net\.onnx"):
             normal_form(model)
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub"])
+def test_a_guard_of_a_division_stays_however_small(op, build, node, normal_form, run_onnx):
+    """x / (x + 1e-12) is 0 at 0; with the guard taken for zero it would be NaN."""
+    nodes = [node(op, "x c", "a"), node("Div", "x a", "y")]
+    model = normal_form(build(nodes, {"x": [2]}, {"y": [2]}, {"c": np.array(1e-12, np.float32)}))
+
+    np.testing.assert_allclose(run_onnx(model.path, {"x": np.array([0, 1], np.float32)})["y"], [0, 1], rtol=1e-6)
+
+
+def test_a_factor_near_one_stays(build, node, normal_form, run_onnx):
+    factor = np.array(1.000005, np.float32)
+    model = normal_form(build([node("Mul", "x c", "y")], {"x": [1]}, {"y": [1]}, {"c": factor}))
+
+    assert run_onnx(model.path, {"x": np.array([1e6], np.float32)})["y"] == np.float32(1e6) * factor
+
+
+@pytest.mark.parametrize(
+    ("product", "value", "stays"),
+    [
+        ("Add a c", 0, False),
+        ("Add c a", 0, False),
+        ("Sub a c", 0, False),
+        ("Sub c a", 0, True),
+        ("Mul c a", 1, False),
+        ("Div a c", 1, False),
+        ("Div c a", 1, True),
+        ("Mul a c", 0, True),
+        ("Add a c", 1, True),
+        ("Mul a c", [[[1]]], True),
+        ("Mul a c", [1, 1], True),
+    ],
+)
+def test_operands_that_change_nothing_are_dropped(product, value, stays, build, node, normal_form, run_onnx):
+    op, inputs = product.split(maxsplit=1)
+    constant = np.array(value, np.float32)
+    rank = max(2, constant.ndim)
+    nodes = [node("Relu", "x", "a"), node(op, inputs, "b"), node("Neg", "b", "y")]
+    source = build(nodes, {"x": [2, 2]}, {"y": [1, 2, 2][-rank:]}, {"c": constant})
+    model = normal_form(source)
+
+    assert (op in {each.op_type for each in questions.load_graph(model.path).graph}) == stays
+    x = {"x": np.array([[1, 2], [3, 4]], np.float32)}
+    np.testing.assert_array_equal(run_onnx(model.path, x)["y"], run_onnx(source.path, x)["y"])

@@ -129,3 +129,34 @@ def test_an_image_needs_samples_that_are_images(tmp_path):
 
     with pytest.raises(InputError, match="needs samples that are images"):
         CoreML().lower(model, "fp32", tmp_path / "nowhere", Options(image=True))
+
+
+def test_the_preprocessing_of_a_folder_of_images_reaches_the_package(tmp_path):
+    import torch
+    from PIL import Image
+
+    import qdeploy
+    from qdeploy.backends.coreml.package import interface_of, read_specification
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    for index, each in enumerate(pixels):
+        Image.fromarray(each).save(folder / f"{index}.png")
+    deployment = qdeploy.export(
+        torch.nn.Conv2d(3, 2, 3).eval(),
+        (torch.zeros(1, 3, 8, 8),),
+        targets=["coreml:fp32"],
+        evaluation=folder,
+        preprocessing="mean=0.5 std=0.25",
+        options={"coreml": {"image": True}},
+        output=tmp_path / "bundle",
+    )
+
+    found = interface_of(read_specification(tmp_path / "bundle/coreml/model.mlpackage"))
+    (row,) = deployment.report.targets
+    assert deployment.ok
+    assert found.image.scale == pytest.approx([1 / 255 / 0.25] * 3)
+    assert found.image.bias == pytest.approx([-2.0] * 3)
+    assert (row.evidence, row.latency_ms) == ("interpreted", None)
+    assert row.sqnr_db > 80

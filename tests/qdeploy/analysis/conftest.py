@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from qdeploy.collect import collect
-from qdeploy.samples.source import Sample
 
 
 @pytest.fixture
@@ -23,7 +22,9 @@ def decibels():
     """10·log10(Σx² / Σ(x − x̂)²) over all samples together."""
 
     def sqnr(exact, approximate):
-        exact, approximate = (np.concatenate([np.ravel(a) for a in each]).astype(float) for each in (exact, approximate))
+        exact, approximate = (
+            np.concatenate([np.ravel(a) for a in each]).astype(float) for each in (exact, approximate)
+        )
         return 10 * np.log10(np.sum(exact**2) / np.sum((exact - approximate) ** 2))
 
     return sqnr
@@ -42,7 +43,7 @@ CHANNELS = 16
 def five_convolutions(build, normal_form, node):
     """Five convolutions with Relu, pooled and classified; `damage` changes their weights beforehand."""
 
-    def make(damage=lambda weights: None):
+    def make(damage=lambda _weights: None):
         random = np.random.default_rng(0)
         weights, nodes, width, tensor = {}, [], 3, "x"
         for i in range(5):
@@ -79,9 +80,3 @@ def two_gemms(build, normal_form, node):
         node("Gemm", "r v c", "y", name="second"),
     ]
     return normal_form(build(nodes, {"x": [1, 6]}, {"y": [1, 4]}, constants)), constants
-
-
-@pytest.fixture
-def labelled():
-    """The same samples with labels."""
-    return lambda samples, labels: [Sample(s.inputs, np.array([label])) for s, label in zip(samples, labels, strict=True)]

@@ -15,7 +15,9 @@ FOUND = Sensitivity(
     "top1",
     0.75,
     (
-        LayerSensitivity("conv", "Conv", "k", {"int8": Effect(30.5, 0.125, 1.0, 0.75), "float16": Effect(math.inf, 0.0, 1.0, None)}),
+        LayerSensitivity(
+            "conv", "Conv", "k", {"int8": Effect(30.5, 0.125, 1.0, 0.75), "float16": Effect(math.inf, 0.0, 1.0, None)}
+        ),
         LayerSensitivity("join", "Add", "", {"int8": Effect(-math.inf, None, None, None)}),
     ),
 )

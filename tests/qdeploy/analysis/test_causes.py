@@ -7,6 +7,7 @@ from qdeploy.analysis.causes import FEWEST_LEVELS, Measured, causes_of, interval
 from qdeploy.analysis.layers import layer_errors
 from qdeploy.analysis.operands import layers_of
 from qdeploy.calibration_readers.minmax import MinMax
+from qdeploy.calibration_readers.mse import Mse
 from qdeploy.calibration_readers.percentile import Percentile
 from qdeploy.graph import load_graph
 from qdeploy.plan import plan
@@ -75,6 +76,26 @@ def test_one_channel_far_from_zero_is_found_where_it_is_written(five_convolution
     assert "Channel 7 of 'r2'" in found.explanation
 
 
+def test_the_layer_before_what_only_moves_values_is_at_fault(build, normal_form, node, causes):
+    random = np.random.default_rng(0)
+    weights = {"k2": random.normal(size=(16, 3, 3, 3)), "b2": random.normal(size=16), "w": random.normal(size=(16, 4))}
+    hundredfold(weights)
+    nodes = [
+        node("Conv", "x k2 b2", "c", name="conv"),
+        node("Relu", "c", "r"),
+        node("MaxPool", "r", "m", kernel_shape=[6, 6]),
+        node("Flatten", "m", "f"),
+        node("Gemm", "f w", "y", name="classifier"),
+    ]
+    constants = {name: array.astype(np.float32) for name, array in weights.items()}
+    model = normal_form(build(nodes, {"x": [1, 3, 8, 8]}, {"y": [1, 4]}, constants))
+    found = causes(model)
+
+    assert {(cause.kind, cause.layer, cause.loses) for cause in found} == {
+        ("activation channels", "conv", "classifier")
+    }
+
+
 @pytest.mark.parametrize(
     ("spiked", "flag"),
     [(1, "--reader percentile:99.9, or --keep only"), (16, "--keep only")],
@@ -134,6 +155,21 @@ def test_a_mask_is_told_from_an_outlier(build, normal_form, node, causes):
 
     assert (found.kind, found.layer, found.flag) == ("mask", "scores", "--keep scores")
     assert "'x' reaches -1e+04, and every other value lies within" in found.explanation
+
+
+def test_a_range_that_cuts_off_what_matters(two_gemms, counted, folder, random_samples, contract):
+    model, _ = two_gemms
+    samples = random_samples(model, 1000)
+    statistics = counted(model, samples)
+
+    def found(reader):
+        return layer_errors(plan(model, statistics, contract, reader), statistics, samples[:64], folder()).causes
+
+    (first, second) = found(Percentile(90))
+    assert (first.kind, first.layer, first.tensor, first.flag) == ("clipping", "first", "x", "--reader mse")
+    assert (second.layer, second.loses, second.tensor) == ("first", "second", "r")
+    assert first.explanation.startswith("Its range, -1.6")
+    assert found(Mse()) == found(MinMax()) == ()
 
 
 def test_noise_that_is_mostly_a_shift_wants_a_bias(two_gemms, planned, counted, random_samples):

@@ -7,13 +7,13 @@ import pytest
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
+from qdeploy.affine import IntegerType
 from qdeploy.analysis import sensitivity as room
 from qdeploy.analysis.operands import at_bits, takes_bits
 from qdeploy.analysis.sensitivity import kl_divergence, parts, sensitivity
 from qdeploy.errors import InputError
 from qdeploy.parity.metrics import metric_from_name
 from qdeploy.scheme import OpRule, PerTensor, QuantContract, Scheme
-from qdeploy.affine import IntegerType
 
 
 def logits(x, constants):
@@ -31,11 +31,9 @@ def plans(planned, contract):
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_a_layer_alone_in_integers(
-    two_gemms, plans, folder, random_samples, labelled, rounded, decibels, width
-):
+def test_a_layer_alone_in_integers(two_gemms, plans, folder, random_samples, rounded, decibels, width):
     model, constants = two_gemms
-    samples = labelled(random_samples(model, 20), [i % 4 for i in range(20)])
+    samples = [replace(sample, labels=np.array([i % 4])) for i, sample in enumerate(random_samples(model, 20))]
     made = plans(model, samples, width)
     found = sensitivity(made, samples, folder(), metric=metric_from_name("top1"))
     (plan,) = made.values()
@@ -48,7 +46,9 @@ def test_a_layer_alone_in_integers(
     labels = np.concatenate([sample.labels for sample in samples])
     (effect,) = (layer.effects[f"int{width}"] for layer in found.layers if layer.node == "first")
     assert effect.sqnr_db == pytest.approx(decibels(exact, approximate), abs=0.02)
-    assert effect.kl_divergence == pytest.approx(entropy(softmax(exact, 1), softmax(approximate, 1), axis=1).mean(), rel=0.01)
+    assert effect.kl_divergence == pytest.approx(
+        entropy(softmax(exact, 1), softmax(approximate, 1), axis=1).mean(), rel=0.01
+    )
     assert effect.agreement == np.mean(exact.argmax(1) == approximate.argmax(1))
     assert effect.metric == np.mean(approximate.argmax(1) == labels)
     assert found.reference_metric == np.mean(exact.argmax(1) == labels)
@@ -98,7 +98,7 @@ def test_parting_the_layers_changes_no_figure(five_convolutions, plans, folder, 
         assert one.effects["int8"].sqnr_db == pytest.approx(other.effects["int8"].sqnr_db, abs=0.01)
 
 
-def test_the_output_that_loses_most_counts(build, normal_form, node, planned, folder, random_samples, rounded, decibels):
+def test_the_output_that_loses_most_counts(build, normal_form, node, planned, folder, random_samples):
     random = np.random.default_rng(0)
     constants = {name: random.normal(size=(6, 3)).astype(np.float32) for name in "wv"}
     nodes = [node("Gemm", "x w", "y", name="left"), node("Gemm", "z v", "u", name="right")]

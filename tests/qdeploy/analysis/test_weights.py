@@ -31,7 +31,12 @@ def with_ranges(ranges):
 
 @pytest.mark.parametrize(
     ("ranges", "ratio", "recommended"),
-    [([1, 1.5, 2], 2, "per-tensor"), ([1, 1.5, 2.5], 2.5, "per-channel"), ([0, 0, 3], 1, "per-tensor"), ([0], 1, "per-tensor")],
+    [
+        ([1, 1.5, 2], 2, "per-tensor"),
+        ([1, 1.5, 2.5], 2.5, "per-channel"),
+        ([0, 0, 3], 1, "per-tensor"),
+        ([0], 1, "per-tensor"),
+    ],
 )
 def test_ranges_that_differ_more_than_twofold_want_a_scale_each(report_of, ranges, ratio, recommended):
     report = report_of(with_ranges(ranges))
@@ -76,7 +81,9 @@ def test_outliers_are_beyond_six_times_the_rms_of_their_channel(report_of):
 
 def test_every_weight_is_read_along_its_own_axis(build, normal_form, node, contract):
     random = np.random.default_rng(0)
-    constants = {name: random.uniform(0.5, 1, shape) for name, shape in {"k": (3, 5, 2, 2), "g": (7, 80), "m": (7, 4)}.items()}
+    constants = {
+        name: random.uniform(0.5, 1, shape) for name, shape in {"k": (3, 5, 2, 2), "g": (7, 80), "m": (7, 4)}.items()
+    }
     constants["k"] *= np.array([1, 2, 3, 4, 100]).reshape(1, 5, 1, 1)
     constants["g"] *= np.arange(1, 8).reshape(7, 1)
     constants = {name: array.astype(np.float32) for name, array in constants.items()}

