@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qdeploy import graph as questions
 from qdeploy.affine import Affine, fake_quantize
-from qdeploy.plan import QuantPlan
+from qdeploy.plan import QuantPlan, matching_rule
 from qdeploy.scheme import OpRule, QuantContract, Scheme
 
 if TYPE_CHECKING:
@@ -74,10 +74,9 @@ def layers_of(graph: ir.Model, plan: QuantPlan) -> tuple[Layer, ...]:
 
 
 def moves_values(node: ir.Node, plan: QuantPlan) -> bool:
-    """Whether the output is quantized just as input 0 is: nothing is rounded between the two."""
-    names = [questions.name_of(value) for value in (*node.inputs[:1], node.outputs[0]) if value is not None]
-    grids = [plan.activations.get(name) for name in names]
-    return not questions.has_weight(node) and len(grids) == 2 and grids[0] is not None and grids[0] is grids[1]
+    """Whether an operator hands on integers as they are, so that nothing is rounded between input and output."""
+    rule = matching_rule(plan.contract, node, plan.activations.keys())
+    return plan.nodes[str(node.name)].quantized and rule is not None and rule.moves_values
 
 
 def _members(node: ir.Node, plan: QuantPlan) -> tuple[frozenset[str], ir.Value]:

@@ -68,7 +68,7 @@ class Probe:
         self.graph = questions.load_graph(path)
         self._nodes = list(self.graph.graph)
         self._values = {v.name: v for node in self._nodes for v in node.outputs}
-        self._values |= {v.name: v for v in self.graph.graph.inputs}
+        self._values |= {v.name: v for v in (*self.graph.graph.inputs, *self.graph.graph.initializers.values())}
         self._outputs = tuple(self.graph.graph.outputs)
         self.graph.graph.outputs.clear()
 
@@ -196,28 +196,32 @@ class _Grown:
         inputs = [self._operand(node, index) for index in range(len(node.inputs))]
         added = self._branch.storage.biases.get((str(node.name), len(inputs)))
         if added is not None and added[0] in self._branch.weights:  # a bias where there was none
-            inputs.append(self._probe.constant(added[1], f"{self._branch.name}/{node.name}/bias"))
+            inputs.append(self._probe.constant(added[1], self._name(f"{node.name}/bias")))
         same = len(inputs) == len(node.inputs) and all(a is b for a, b in zip(inputs, node.inputs, strict=True))
         if same and not any(value in self._changed for value in _captured(node)):
             return
-        name = f"{self._branch.name}/{node.name}"
+        name = self._name(str(node.name))
         copy = ir.Node(
             node.domain, node.op_type, inputs, self._attributes(node), name=name, num_outputs=len(node.outputs)
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
-            new.name, new.type, new.shape = f"{self._branch.name}/{old.name}", old.type, old.shape
+            new.name, new.type, new.shape = self._name(str(old.name)), old.type, old.shape
             self._changed[old] = new
         self._probe.graph.graph.append(copy)
+
+    def _name(self, original: str) -> str:
+        """What something of the float graph is called in this branch; exporters put no spaces into names."""
+        return f"{original} @ {self._branch.name}"
 
     def _operand(self, node: ir.Node, index: int) -> ir.Value | None:
         value, storage = node.inputs[index], self._branch.storage
         bias = storage.biases.get((str(node.name), index))
         if bias is not None and bias[0] in self._branch.weights:
-            return self._probe.constant(bias[1], f"{self._branch.name}/{node.name}/bias")
+            return self._probe.constant(bias[1], self._name(f"{node.name}/bias"))
         if value is None:
             return None
         if value.name in storage.weights and node.name in self._branch.weights:
-            return self._probe.constant(storage.weights[value.name], f"stored/{value.name}")
+            return self._probe.constant(storage.weights[value.name], f"{value.name} @ stored")
         if value.name in storage.activations and node.name in self._branch.inputs:
             return self._stored(value)
         return self._changed.get(value, value)
@@ -232,7 +236,7 @@ class _Grown:
         if original.name not in grids:
             return value
         if value not in self._rounded:
-            name = f"{self._branch.name}/{original.name}/stored"
+            name = self._name(f"{original.name}/stored")
             affine = grids[original.name]
             self._rounded[value] = self._through_half(value, name) if affine is None else self._on(value, affine, name)
         return self._rounded[value]

@@ -27,7 +27,9 @@ from qdeploy.plan import QuantPlan
 PROBE_BYTES = 1 << 29
 """Of weights that the branches of one probe read together: ONNX Runtime may pack a copy for each branch."""
 
-FLOAT = "float"
+FLOAT = ""
+"""The float graph among the branches, which are called by their layers."""
+
 FLOAT16 = "float16"
 
 
@@ -231,7 +233,8 @@ def kl_divergence(reference: NDArray[Any], output: NDArray[Any]) -> NDArray[np.f
     expected, found = reference.astype(np.float64), output.astype(np.float64)
     shares = bool((expected >= 0).all() and np.allclose(expected.sum(axis=1), 1.0, atol=1e-4))
     p, q = (_log_shares(each, shares=shares) for each in (expected, found))
-    return np.asarray(np.sum(np.exp(p) * (p - q), axis=1))
+    with np.errstate(invalid="ignore"):  # the difference of two infinite logits, where p is 0
+        return np.asarray(np.sum(np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0.0), axis=1))
 
 
 def _log_shares(rows: NDArray[np.float64], *, shares: bool) -> NDArray[np.float64]:

@@ -11,8 +11,12 @@ taken in turn until none changes any more. What has to stay is the bound of a Re
     s · min(max(y, 0), 6)  =  min(max(s·y, 0), 6·s)
 
 Clip takes one bound for all channels, so it becomes a Relu and a Min with one constant a channel. This holds for every
-input, up to rounding. A quantized output performs the Relu by saturation as before; the Min is one more operator on
-integers (ort-cpu) or on floats.
+input, up to rounding. A quantized output performs the Relu by saturation as before; the Min is one more operator, on
+integers where the target has it: ort-cpu needs 3.2 ms instead of 2.7 ms for EfficientNet-Lite0 (5.5 ms in float).
+
+All this is for one scale a weight. There EfficientNet-Lite0 gains: 93.7 % of its answers are FP32's after bias correction
+alone and 96.3 % with equalization before it (10.3 and 17.0 dB). Where each channel of a weight has its own scale it loses
+(99.3 and 98.0 %, 23.4 and 18.5 dB), because the activations, which have one scale each, become less even.
 
 Absorption (section 4.1.3) moves into the next bias what a channel never falls below:
 
@@ -104,8 +108,10 @@ def pairs_of(graph: ir.Model) -> Iterator[Pair]:
         follower = questions.sole_consumer(value)
         activation = follower if follower is not None and _scales(follower) else None
         second = questions.sole_consumer(activation.outputs[0]) if activation is not None else follower
-        if second is None or not _is_matrix(second) or second.attributes.get_int("transA", 0):
+        if second is None or not _is_matrix(second):
             continue
+        if questions.output_channel_axis(first) != questions.input_channel_axis(second):
+            continue  # a MatMul reads the last axis of an image, not its channels
         pair = Pair(first, second, activation)
         if second.inputs[0] is pair.between and channels.number_of_outputs(first) == pair.number:
             yield pair

@@ -22,7 +22,7 @@ Positions = NDArray[np.integer[Any]]
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether a node multiplies by one constant matrix for each group: no ConvTranspose does, nor a batch of weights."""
+    """Whether a node multiplies by one constant matrix a group: no ConvTranspose does, nor a batch of weights."""
     weight = questions.weight_of(node)
     if weight is None or node.op_type == "ConvTranspose" or (node.op_type == "MatMul" and weight.ndim > 2):
         return False

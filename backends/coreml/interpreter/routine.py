@@ -138,11 +138,12 @@ class Executable:
     constants: Values
 
     def run(self, inputs: Arrays) -> dict[str, Any]:
-        """Outputs by name, fp16 in float32."""
+        """Outputs by name, fp16 in float32; a classifier's label is a text."""
         with torch.inference_mode():
             given = (_tensor(inputs[name]) for name in self.routine.inputs)
             results = self.routine.call(dict(self.constants), *given)
-        return dict(zip(self.routine.outputs, results, strict=True))
+        arrays = (result.numpy() if isinstance(result, torch.Tensor) else result for result in results)
+        return dict(zip(self.routine.outputs, arrays, strict=True))
 
 
 def prepare(main: Block) -> Executable:

@@ -130,6 +130,12 @@ def test_divergence_of_logits_is_that_of_their_softmax():
     assert kl_divergence(p, q) == pytest.approx(expected)
 
 
+def test_classes_that_are_masked_in_both_count_for_nothing():
+    p, q = np.array([[1.0, 2.0, -np.inf]]), np.array([[1.5, 2.0, -np.inf]])
+
+    assert kl_divergence(p, q) == pytest.approx(kl_divergence(p[:, :2], q[:, :2]))
+
+
 def test_divergence_of_shares_is_that_of_themselves():
     random = np.random.default_rng(0)
     p, q = softmax(random.normal(size=(5, 7)), 1), softmax(random.normal(size=(5, 7)), 1)

@@ -281,6 +281,24 @@ def test_what_something_else_depends_on_is_left_alone(build, node, normal_form, 
     assert recovered.plan.steps == ("equalization",)
 
 
+@pytest.mark.parametrize("weighted", ["Conv before MatMul", "MatMul before Conv"])
+def test_channels_of_different_axes_do_not_belong_together(build, node, normal_form, weighted):
+    nodes = [node("Conv", "x w", "y"), node("MatMul", "y v", "out")]
+    if weighted == "MatMul before Conv":
+        nodes = [node("MatMul", "x v", "y"), node("Conv", "y w", "out")]
+    weights = {"w": uneven(9, 9, 1, 1), "v": uneven(9, 9)}
+    model = normal_form(build(nodes, {"x": [1, 9, 9, 9]}, {"out": [1, 9, 9, 9]}, weights))
+
+    assert list(pairs_of(questions.load_graph(model.path))) == []
+
+
+def test_a_transposed_operand_is_left_alone(build, node, normal_form):
+    nodes = [node("Gemm", "x w", "y"), node("Gemm", "y v", "out", transA=1)]
+    model = normal_form(build(nodes, {"x": [9, 9]}, {"out": [9, 9]}, {"w": uneven(9, 9), "v": uneven(9, 9)}))
+
+    assert list(pairs_of(questions.load_graph(model.path))) == []
+
+
 def test_a_shared_bias_keeps_its_other_reader(build, node, normal_form, recovery_of, run_onnx):
     nodes = [node("Conv", "x w b", "y"), node("Conv", "y v b", "z"), node("Conv", "z v2 b", "out")]
     weights = {"w": uneven(3, 3, 1, 1), "v": uneven(3, 3, 1, 1), "v2": uneven(3, 3, 1, 1), "b": floats(3)}
