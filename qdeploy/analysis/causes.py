@@ -34,6 +34,9 @@ BULK = 99.0
 PERCENTILES = (99.999, 99.99, 99.9)
 """What outliers are clipped by, if that is enough; less would clip other tensors to pieces."""
 
+FAR = 4.0
+"""A channel is far from zero if its range with zero is this many times as wide as without."""
+
 MASK = 1000.0
 MASK_GAP = 100.0
 """A mask is at least this far below zero, and this many times as far as any other value."""
@@ -100,7 +103,8 @@ def causes_of(
     for name in layer.inputs:
         tensor = statistics.tensors.get(name)
         if tensor is not None and tensor.count:
-            operand = _Operand(layer.name, _writer(graph, plan, name), tensor, plan.activations[name])
+            writer = _writer(graph, plan, name)
+            operand = _Operand(layer, writer, tensor, plan.activations[name])
             yield from _mask(operand) or _outliers(operand) or _activation_channels(operand) or _clipping(operand)
     yield from _bias_shift(layer, measured)
 
@@ -125,10 +129,10 @@ def _weight_channels(layer: Layer, graph: ir.Model, plan: QuantPlan) -> Iterator
 
 @dataclass(frozen=True)
 class _Operand:
-    """An activation that a layer reads: who reads it, who writes it ("" for a model input), its values, its grid."""
+    """An activation that a layer reads: who reads it, who writes it (None for a model input), its values, its grid."""
 
-    reader: str
-    writer: str
+    layer: Layer
+    writer: ir.Node | None
     tensor: TensorStatistics
     grid: Affine
 
@@ -137,30 +141,44 @@ class _Operand:
         return float(self.grid.scale)
 
     def cause(self, kind: str, levels: float | None, explanation: str, flag: str) -> list[Cause]:
-        return [Cause(kind, self.writer or self.reader, self.reader, self.tensor.name, levels, explanation, flag)]
+        at_fault = self.layer.name if self.writer is None else str(self.writer.name)
+        return [Cause(kind, at_fault, self.layer.name, self.tensor.name, levels, explanation, flag)]
 
     @property
     def keep(self) -> str:
         """The flags that leave it float."""
-        return " ".join(f"--keep {name}" for name in (self.writer, self.reader) if name)
+        written = "" if self.writer is None else f"--keep {self.writer.name} "
+        return f"{written}--keep {self.layer.name}"
+
+    @property
+    def level_channels(self) -> str:
+        """The flag that brings its channels to one range: by the weights on both sides, or by the reader's alone."""
+        if self.writer is None:
+            return self.keep
+        if self.writer.op_type in questions.WEIGHTED:
+            return "--recover equalization"
+        return "--recover smoothquant" if self.layer.op_type in ("MatMul", "Gemm") else self.keep
 
 
 def _activation_channels(operand: _Operand) -> list[Cause]:
-    """One scale for an activation whose channels have very different ranges."""
+    """One scale for an activation whose channels have very different ranges.
+
+    A channel that lies far from zero, with little around it, owes its range to a bias, which no weight makes smaller.
+    """
     tensor = operand.tensor
-    seen = tensor.channel_count > 0
-    low = np.minimum(tensor.channel_minimum[seen].astype(np.float64), 0.0)
-    high = np.maximum(tensor.channel_maximum[seen].astype(np.float64), 0.0)
-    widths = high - low
+    seen = np.flatnonzero(tensor.channel_count)
+    lowest, highest = (each[seen].astype(np.float64) for each in (tensor.channel_minimum, tensor.channel_maximum))
+    widths = np.maximum(highest, 0.0) - np.minimum(lowest, 0.0)
     levels = _typical(widths / operand.scale)
     if widths.size < 2 or levels >= FEWEST_LEVELS:
         return []
+    largest = int(widths.argmax())
+    far = (highest - lowest)[largest] < widths[largest] / FAR
     what = (
-        f"Channel {int(np.flatnonzero(seen)[widths.argmax()])} of {tensor.name!r} ranges {_times(widths)} as far as "
-        f"the channel in the middle, which has {levels:.1f} levels left."
+        f"Channel {seen[largest]} of {tensor.name!r} {'lies' if far else 'ranges'} {_times(widths)} as far "
+        f"{'from zero ' if far else ''}as the channel in the middle, which has {levels:.1f} levels left."
     )
-    flag = "--recover equalization" if operand.writer else operand.keep
-    return operand.cause("activation channels", levels, what, flag)
+    return operand.cause("activation channels", levels, what, operand.keep if far else operand.level_channels)
 
 
 def _outliers(operand: _Operand) -> list[Cause]:
@@ -247,19 +265,19 @@ def _times(widths: NDArray[np.float64]) -> str:
     return f"{widths.max() / np.median(widths[widths > 0]):.3g} times"
 
 
-def _writer(graph: ir.Model, plan: QuantPlan, name: str) -> str:
-    """The operator that computes a tensor; empty for a model input.
+def _writer(graph: ir.Model, plan: QuantPlan, name: str) -> ir.Node | None:
+    """The operator that computes a tensor; None for a model input.
 
     Activations are part of the operator before them, and operators that move values hand on what another computed.
     """
     node = next((node for node in graph.graph if any(value.name == name for value in node.outputs)), None)
-    writer = ""
     while node is not None:
-        writer = str(node.name)
         before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         fused = before is not None and questions.fused_activation(before) is node
-        node = before if fused or moves_values(node, plan) else None
-    return writer
+        if not fused and not moves_values(node, plan):
+            return node
+        node = before
+    return None
 
 
 def theoretical_db(layer: Layer, graph: ir.Model, plan: QuantPlan, statistics: Statistics) -> float:

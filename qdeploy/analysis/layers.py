@@ -16,7 +16,6 @@ from qdeploy.affine import sqnr_from_energies
 from qdeploy.analysis.causes import Cause, Measured, causes_of, theoretical_db
 from qdeploy.analysis.operands import Layer, Storage, layers_of, stored_as_planned
 from qdeploy.analysis.probe import Branch, Found, Probe
-from qdeploy.errors import InputError
 from qdeploy.parity.compare import SampleLike
 from qdeploy.plan import QuantPlan
 from qdeploy.statistics import Statistics
@@ -99,9 +98,6 @@ def layer_errors(
     statistics.require_model(plan.model.digest)
     graph = questions.load_graph(plan.model.path)
     layers = layers_of(graph, plan)
-    if not layers:
-        what = f"{plan.contract.target}:{plan.contract.precision} quantizes nothing of this model."
-        raise InputError(what, "Look at its rules: qdeploy backends --ops NAME.")
     sums = {layer: _Sums(layer) for layer in layers}
     count = 0
     for _, found in _probe(graph, plan, layers).run(folder, samples):
@@ -109,15 +105,13 @@ def layer_errors(
             each.add(found)
         count += 1
         on_sample()
-    if count == 0:
-        raise InputError("There are no samples to compare on.", "Give --calibration DATA.")
     errors = tuple(each.error(theoretical_db(layer, graph, plan, statistics)) for layer, each in sums.items())
     apart = next((error.node for error in errors if error.accumulated_db < APART_DB), None)
-    causes: dict[tuple[str, str], Cause] = {}  # a tensor that several layers read is at fault once
+    causes: dict[tuple[str, str], Cause] = {}
     for layer, error in zip(layers, errors, strict=True):
         measured = Measured(error.own_db, error.weights_db, error.bias_shift)
         for cause in causes_of(layer, graph, plan, statistics, measured):
-            causes.setdefault((cause.kind, cause.tensor), cause)
+            causes.setdefault((cause.kind, cause.tensor), cause)  # a tensor that several layers read is at fault once
     left = {str(n.name): plan.nodes[str(n.name)].reason for n in graph.graph if questions.has_weight(n)}
     left = {name: reason for name, reason in left.items() if not plan.nodes[name].quantized}
     return LayerErrors(count, apart, errors, tuple(causes.values()), left)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qdeploy import graph as questions
 from qdeploy.affine import Affine, fake_quantize
+from qdeploy.errors import InputError
 from qdeploy.plan import QuantPlan, matching_rule
 from qdeploy.scheme import OpRule, QuantContract, Scheme
 
@@ -56,6 +57,9 @@ def layers_of(graph: ir.Model, plan: QuantPlan) -> tuple[Layer, ...]:
     Args:
         graph: Of the plan's model.
         plan: What is quantized, and how.
+
+    Raises:
+        InputError: There are none.
     """
     absorbed = {str(a.name) for node in graph.graph if (a := questions.fused_activation(node)) is not None}
     found = []
@@ -70,6 +74,9 @@ def layers_of(graph: ir.Model, plan: QuantPlan) -> tuple[Layer, ...]:
             members, result = _members(node, plan)
             axis = questions.output_channel_axis(node)
             found.append(Layer(name, node.op_type, members, questions.name_of(result), axis, weights, inputs))
+    if not found:
+        what = f"{plan.contract.target}:{plan.contract.precision} quantizes nothing of this model."
+        raise InputError(what, "Look at its rules: qdeploy backends --ops NAME.")
     return tuple(found)
 
 

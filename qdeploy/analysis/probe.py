@@ -34,6 +34,9 @@ from qdeploy.session import open_session
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+MOST_WORKERS = 8
+"""Each sample in flight holds the values of all branches in memory."""
+
 Found = dict[str, NDArray[Any]]
 """What was watched in one run, by the name it was given."""
 
@@ -148,7 +151,7 @@ class Probe:
             samples: Read once.
 
         Raises:
-            InputError: The model fails on a sample.
+            InputError: There are no samples, or the model fails on one.
         """
         path = folder / "probe.onnx"
         questions.save_graph(self.graph, path)
@@ -163,7 +166,7 @@ class Probe:
                 raise InputError(f"The model fails on {origin}: {str(error).strip()}") from error
             return dict(zip(names, outputs, strict=True))
 
-        workers = os.cpu_count() or 1
+        workers = min(os.cpu_count() or 1, MOST_WORKERS)
         pending: deque[tuple[SampleLike, Future[Found]]] = deque()
         with ThreadPoolExecutor(workers) as pool:
             for sample in samples:
@@ -171,6 +174,8 @@ class Probe:
                 if len(pending) > workers:
                     first, future = pending.popleft()
                     yield first, future.result()
+            if not pending:
+                raise InputError("There are no samples to run.", "Give --calibration DATA.")
             for last, future in pending:
                 yield last, future.result()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from qdeploy.analysis.operands import Layer, Storage, layers_of, stored_as_planned, stored_in_half
 from qdeploy.analysis.probe import Branch, Found, Probe
-from qdeploy.errors import InputError
 from qdeploy.graph import load_graph
 from qdeploy.parity.compare import SampleLike
 from qdeploy.parity.metrics import Difference, Metric, Scorer, difference
@@ -59,7 +58,8 @@ class LayerSensitivity:
         node: Its name.
         op_type: Its ONNX operator.
         weight: Name of its first constant, which torch takes from the module; empty without any.
-        effects: By the type that its operands were stored in: "int4", "int8", "float16".
+        effects: By the type that its operands were stored in: "int4", "int8", "float16". A type in whose plan the
+            layer stays float is missing.
     """
 
     node: str
@@ -98,7 +98,7 @@ def sensitivity(
     Args:
         plans: What to round and how, by the type's name: "int4", "int8", "int16"; under "float16" the plan says which
             operands are stored in float16.
-        samples: Whole model inputs; iterated again for each probe, of which there are `probes(plan)` a plan.
+        samples: Whole model inputs; iterated again for each probe, of which there is one for each of `parts(plan)`.
         folder: Where graphs are written.
         metric: Of labelled samples.
         on_part: Called after each sample of each probe.
@@ -106,7 +106,7 @@ def sensitivity(
     Raises:
         InputError: The plan quantizes nothing, there are no samples, or the model fails on one.
     """
-    effects: dict[Layer, dict[str, Effect]] = {}
+    rows: dict[str, LayerSensitivity] = {}
     reference = _Outputs(metric)
     count = 0
     for name, plan in plans.items():
@@ -120,14 +120,16 @@ def sensitivity(
                 _compare(probe.output_names, found, sample, reference, compared)
                 count += 1
                 on_part()
-            if count == 0:
-                raise InputError("There are no samples to compare on.", "Give --calibration DATA.")
             for layer, outputs in compared.items():
-                effects.setdefault(layer, {})[name] = outputs.effect()
-    nearest = min(plans, key=_distance_from_8)
-    ranked = sorted(effects, key=lambda layer: effects[layer][nearest].sqnr_db)
-    rows = tuple(LayerSensitivity(layer.name, layer.op_type, layer.weight, effects[layer]) for layer in ranked)
-    return Sensitivity(count, metric.name if metric and reference.scored else None, reference.figure, rows)
+                row = rows.get(layer.name) or LayerSensitivity(layer.name, layer.op_type, layer.weight, {})
+                rows[layer.name] = replace(row, effects={**row.effects, name: outputs.effect()})
+    ranked = _ranked(rows.values(), min(plans, key=_distance_from_8))
+    return Sensitivity(count, metric.name if metric and reference.scored else None, reference.figure, ranked)
+
+
+def _ranked(rows: Iterable[LayerSensitivity], name: str) -> tuple[LayerSensitivity, ...]:
+    """The most sensitive in one type first; layers that its plan leaves float come last."""
+    return tuple(sorted(rows, key=lambda row: row.effects[name].sqnr_db if name in row.effects else math.inf))
 
 
 def _distance_from_8(name: str) -> int:
@@ -142,9 +144,6 @@ def parts(plan: QuantPlan) -> list[tuple[Layer, ...]]:
     """
     graph = load_graph(plan.model.path)
     layers = layers_of(graph, plan)
-    if not layers:
-        what = f"{plan.contract.target}:{plan.contract.precision} quantizes nothing of this model."
-        raise InputError(what, "Look at its rules: qdeploy backends --ops NAME.")
     weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
     size = max(1, PROBE_BYTES // max(weights, 1))
     return [layers[start : start + size] for start in range(0, len(layers), size)]

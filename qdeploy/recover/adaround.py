@@ -21,7 +21,7 @@ from qdeploy import graph as questions
 from qdeploy.errors import UnavailableError
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import present_bias
-from qdeploy.recover.layer_data import Probe, blocks, exact_weight, simulate, weighted_nodes
+from qdeploy.recover.layer_data import Probe, blocks, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
 from qdeploy.recover.rounding import Rows, choose, neighbours
 from qdeploy.recover.rows import input_rows, is_product, matrices, output_rows, position_count, stored_layout
@@ -34,9 +34,9 @@ NAME = "adaround"
 ROWS = 4096
 """Output positions of a layer, over all samples, that its rounding is chosen by."""
 
-LAYER_BYTES = 1 << 26
+BLOCK_BYTES = 1 << 28
 LEAST_ROWS = 256
-"""A layer whose rows would take more memory than that gets fewer of them, but no fewer than these."""
+"""A layer whose rows would take more than its part of that memory gets fewer of them, but no fewer than these."""
 
 
 def adaround(recovery: Recovery) -> Recovery:
@@ -100,17 +100,19 @@ def _collect(recovery: Recovery, block: Sequence[ir.Node], waiting: Sequence[ir.
             given, wanted = quantized(sample), exact(sample)
             for node, source, result, part in zip(block, sources, results, parts, strict=True):
                 y = wanted[result]
-                number = min(math.ceil(_row_limit(node) / recovery.statistics.samples), position_count(node, y))
-                chosen = random.choice(position_count(node, y), number, replace=False)
+                count = position_count(node, y)
+                each = math.ceil(_row_limit(node, BLOCK_BYTES // len(block)) / recovery.statistics.samples)
+                chosen = random.choice(count, min(each, count), replace=False)
                 part.append((input_rows(node, given[source], chosen, y.shape), output_rows(node, y, chosen)))
     return [_joined(plan, node, part, random) for node, part in zip(block, parts, strict=True)]
 
 
-def _row_limit(node: ir.Node) -> int:
+def _row_limit(node: ir.Node, memory: int) -> int:
+    """How many rows to choose a layer's rounding by, within so many bytes."""
     weight = questions.weight_of(node)
     assert weight is not None
     groups, inputs, outputs = matrices(node, weight).shape
-    return int(min(ROWS, max(LEAST_ROWS, LAYER_BYTES // (4 * groups * (inputs + outputs)))))
+    return int(min(ROWS, max(LEAST_ROWS, memory // (4 * groups * (inputs + outputs)))))
 
 
 def _joined(
@@ -119,7 +121,7 @@ def _joined(
     parts: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]],
     random: np.random.Generator,
 ) -> Rows:
-    """The rows of all samples in random order, so that each batch of them is drawn from all samples."""
+    """The rows of all samples in random order, so that each batch holds some of many samples."""
     x, y = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
     order = random.permutation(x.shape[1])
     activation = questions.fused_activation(node)
@@ -131,7 +133,8 @@ def _joined(
 
 
 def _rounded(plan: QuantPlan, node: ir.Node, rows: Rows) -> NDArray[np.float32]:
-    weight = exact_weight(plan, node)
+    weight = questions.weight_of(node)
+    assert weight is not None
     grid = neighbours(weight, plan.weights[questions.name_of(node.inputs[1])])
     found = choose(rows, *(matrices(node, each) for each in (weight, *grid)))
     return stored_layout(node, found, weight.shape)

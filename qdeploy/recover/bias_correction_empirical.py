@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy import graph as questions
-from qdeploy.affine import fake_quantize
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import has_place_for_bias
-from qdeploy.recover.layer_data import Probe, blocks, exact_weight, simulate, weighted_nodes
+from qdeploy.recover.layer_data import Probe, blocks, rounded_constant, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
 from qdeploy.samples.source import Sample
 
@@ -44,7 +43,7 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
     samples, folder = recovery.require_samples(NAME), recovery.require_means(NAME).folder
     plan = recovery.plan
     graph = questions.load_graph(plan.model.path)
-    nodes = [n for n in weighted_nodes(plan, graph) if has_place_for_bias(n, exact_weight(plan, n))]
+    nodes = [n for n in weighted_nodes(plan, graph) if has_place_for_bias(n, questions.weight_of(n))]
     with TemporaryDirectory(dir=folder) as name:
         path = Path(name) / "model.onnx"
         with_bias = {str(node.name): _output_with_bias(node) for node in nodes}
@@ -75,7 +74,7 @@ def _add_rounded_twin(simulation: ir.Model, node: ir.Node, plan: QuantPlan) -> s
     import onnx_ir as ir
 
     name = f"{node.name}/rounded"
-    weight = fake_quantize(exact_weight(plan, node), plan.weights[questions.name_of(node.inputs[1])])
+    weight = rounded_constant(plan, node.inputs[1])
     constant = ir.val(f"{name}/weight", const_value=ir.tensor(weight, name=f"{name}/weight"))
     simulation.graph.register_initializer(constant)
     source = next(each.inputs[0] for each in simulation.graph if each.name == node.name)

@@ -83,21 +83,10 @@ def bias_of(node: ir.Node, number: int) -> NDArray[np.float64] | None:
     return None if bias is None else np.broadcast_to(bias.reshape(-1).astype(np.float64), (number,))
 
 
-def takes_bias(node: ir.Node) -> bool:
-    """Whether a weighted node adds a constant bias, or could: a Conv or Gemm without one can, a MatMul cannot."""
-    absent = len(node.inputs) < 3 or node.inputs[2] is None
-    return questions.bias_input(node) is not None or (node.op_type != "MatMul" and absent)
-
-
 def last_of(node: ir.Node) -> ir.Node:
     """The node itself, or the Add that holds a MatMul's bias."""
     place = questions.bias_input(node)
     return place[0] if place is not None else node
-
-
-def set_weight(node: ir.Node, weight: NDArray[Any]) -> None:
-    """Give a node another weight of the same shape."""
-    set_constant(node, 1, weight)
 
 
 def set_bias(node: ir.Node, bias: NDArray[Any]) -> None:
@@ -117,7 +106,7 @@ def set_constant(node: ir.Node, index: int, array: NDArray[Any]) -> None:
         name = questions.name_of(old)
         graph.initializers.pop(name)
     else:
-        name = f"{node.name}/{'bias' if index == 2 else index}" if old is None else f"{old.name}/{node.name}"
+        name = f"{node.name}/bias" if old is None else f"{old.name}/{node.name}"
     node.resize_inputs(max(len(node.inputs), index + 1))
     node.replace_input_with(index, new_constant(graph, name, array))
 

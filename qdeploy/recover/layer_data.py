@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy import graph as questions
@@ -49,15 +50,11 @@ def blocks(nodes: Sequence[ir.Node]) -> list[tuple[int, Sequence[ir.Node]]]:
     return [(start, nodes[start:end]) for start, end in pairwise(edges)]
 
 
-def exact_weight(plan: QuantPlan, node: ir.Node) -> NDArray[Any]:
-    """A weighted node's weight before rounding, in its stored layout."""
-    return _before_rounding(plan, node.inputs[1])
-
-
-def _before_rounding(plan: QuantPlan, value: ir.Value) -> NDArray[Any]:
-    array = plan.replaced.get(questions.name_of(value), questions.constant(value))
+def rounded_constant(plan: QuantPlan, value: ir.Value) -> NDArray[np.float32]:
+    """What a constant of the float graph is in the quantized one: as a step has rounded it, or else to nearest."""
+    name, array = questions.name_of(value), questions.constant(value)
     assert array is not None
-    return array
+    return fake_quantize(plan.replaced.get(name, array), plan.weights[name])
 
 
 def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
@@ -69,18 +66,15 @@ def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
 
     Args:
         plan: What is quantized, and how.
-        exact: Weighted nodes that keep their weights as before rounding, and the float graph's biases.
+        exact: Weighted nodes that keep the float graph's weights and biases.
     """
     graph = questions.load_graph(plan.model.path)
     constants = graph.graph.initializers
     kept = {str(node.name): questions.name_of(node.inputs[1]) for node in exact}
-    rounded = {
-        name: fake_quantize(_before_rounding(plan, constants[name]), affine)
-        for name, affine in plan.weights.items()
-        if name not in kept.values()
-    }
+    replaced = {**plan.replaced, **{name: rounded_constant(plan, constants[name]) for name in plan.weights}}
+    replaced = {name: array for name, array in replaced.items() if name not in kept.values()}
     biases = {node: bias for node, bias in plan.biases.items() if node not in kept}
-    replace_constants(graph, replace(plan, replaced={**plan.replaced, **rounded}, biases=biases))
+    replace_constants(graph, replace(plan, replaced=replaced, biases=biases))
     values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
     for name, affine in plan.activations.items():
         _put_on_grid(graph, values[name], affine)

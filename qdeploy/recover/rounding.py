@@ -75,8 +75,8 @@ def choose(
     """
     import torch
 
-    arrays = (rows.x, rows.y, rows.bias, weight, low, high)
-    x, y, bias, exact, below, above = (torch.from_numpy(np.array(each)) for each in arrays)
+    x, y, bias = (torch.from_numpy(each) for each in (rows.x, rows.y, rows.bias))
+    exact, below, above = (torch.from_numpy(np.array(each)) for each in (weight, low, high))
 
     def errors(rounded: torch.Tensor, part: slice) -> torch.Tensor:
         """Mean square error of each output channel, [groups, 1, outputs]."""

@@ -54,11 +54,11 @@ def _weights(reports: Sequence[WeightReport]) -> Iterator[RenderableType]:
 
 
 def _sensitivity(found: Sensitivity) -> Iterator[RenderableType]:
-    names = list(found.layers[0].effects)
+    names = list(dict.fromkeys(name for row in found.layers for name in row.effects))
     figures = ("SQNR", "KL", *([found.metric] if found.metric else []))
     titles = ("Layer", *(f"{name}\n{figure}" for name in names for figure in figures))
     rows = (
-        (row.weight or row.node, *(cell for name in names for cell in _effect(row.effects[name])[: len(figures)]))
+        (row.weight or row.node, *(cell for name in names for cell in _effect(row.effects.get(name))[: len(figures)]))
         for row in found.layers
     )
     yield _table(titles, rows, left=("Layer",))
@@ -70,7 +70,9 @@ def _sensitivity(found: Sensitivity) -> Iterator[RenderableType]:
         yield plain(f"{found.metric} of the float model: {found.reference_metric:.4f}.")
 
 
-def _effect(effect: Effect) -> tuple[str, str, str]:
+def _effect(effect: Effect | None) -> tuple[str, str, str]:
+    if effect is None:
+        return ABSENT, ABSENT, ABSENT
     divergence = ABSENT if effect.kl_divergence is None else f"{effect.kl_divergence:.2g}"
     return _decibels(effect.sqnr_db), divergence, ABSENT if effect.metric is None else f"{effect.metric:.4f}"
 

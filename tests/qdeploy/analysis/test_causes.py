@@ -73,7 +73,27 @@ def test_one_channel_far_from_zero_is_found_where_it_is_written(five_convolution
     (found,) = causes(five_convolutions(damage))
 
     assert (found.layer, found.kind) == ("conv2", "activation channels")
-    assert "Channel 7 of 'r2'" in found.explanation
+    assert "Channel 7 of 'r2' lies" in found.explanation
+    assert found.flag == "--keep conv2 --keep conv3"
+
+
+@pytest.mark.parametrize(
+    ("operator", "flag"), [("LayerNormalization", "--recover smoothquant"), (None, "--keep reader")]
+)
+def test_channels_that_no_weight_writes_are_left_to_the_reader(build, normal_form, node, causes, operator, flag):
+    random = np.random.default_rng(0)
+    constants = {"w": random.normal(size=(16, 4)), "s": np.where(np.arange(16) == 3, 100, 1), "o": np.zeros(16)}
+    constants = {name: array.astype(np.float32) for name, array in constants.items()}
+    before = [node(operator, "x s o", "h", name="norm")] if operator else []
+    nodes = [*before, node("Gemm", f"{'h' if operator else 'x'} w", "y", name="reader")]
+    model = normal_form(build(nodes, {"x": [4, 16]}, {"y": [4, 4]}, constants))
+    samples = [Sample({"x": random.normal(size=(4, 16)).astype(np.float32)}) for _ in range(16)]
+    if not operator:
+        for sample in samples:
+            sample.inputs["x"][:, 3] *= 100
+    (found,) = causes(model, samples)
+
+    assert (found.kind, found.layer, found.flag) == ("activation channels", "norm" if operator else "reader", flag)
 
 
 def test_the_layer_before_what_only_moves_values_is_at_fault(build, normal_form, node, causes):

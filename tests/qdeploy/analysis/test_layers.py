@@ -225,7 +225,7 @@ def test_samples_are_needed(two_gemms, planned, counted, random_samples, folder)
     model, _ = two_gemms
     statistics = counted(model, random_samples(model))
 
-    with pytest.raises(InputError, match="There are no samples to compare on"):
+    with pytest.raises(InputError, match="There are no samples to run"):
         layer_errors(planned(model), statistics, [], folder())
 
 

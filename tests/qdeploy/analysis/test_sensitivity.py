@@ -81,6 +81,18 @@ def test_the_most_sensitive_layer_comes_first_and_more_bits_cost_less(five_convo
     assert {layer.node for layer in found.layers} == {*(f"conv{i}" for i in range(5)), "pool", "classifier"}
 
 
+def test_a_layer_that_stays_float_in_one_type_comes_last_there(two_gemms, planned, folder, random_samples):
+    model, _ = two_gemms
+    samples = random_samples(model)
+    plans = {"int8": planned(model, samples, keep=("first",)), "float16": planned(model, samples)}
+    found = sensitivity(plans, samples, folder())
+
+    assert [(layer.node, list(layer.effects)) for layer in found.layers] == [
+        ("second", ["int8", "float16"]),
+        ("first", ["float16"]),
+    ]
+
+
 def test_parting_the_layers_changes_no_figure(five_convolutions, plans, folder, random_samples, monkeypatch):
     model = five_convolutions()
     samples = random_samples(model, 4)
@@ -146,7 +158,7 @@ def test_divergence_of_shares_is_that_of_themselves():
 def test_samples_are_needed(two_gemms, planned, folder):
     model, _ = two_gemms
 
-    with pytest.raises(InputError, match="There are no samples to compare on"):
+    with pytest.raises(InputError, match="There are no samples to run"):
         sensitivity({"int8": planned(model)}, [], folder())
 
 
