@@ -20,6 +20,9 @@ from qdeploy.errors import InputError
 MANIFEST = "bundle.json"
 """The file that makes a folder a bundle."""
 
+PACKAGE = "qdeploy-package.json"
+"""The file that makes a folder a package, made of a bundle for the place where it runs."""
+
 FULL = {
     errno.ENOSPC: "The disk is full",
     errno.EDQUOT: "The disk quota is used up",
@@ -33,7 +36,7 @@ def require_free(output: Path, *, force: bool) -> None:
 
     Args:
         output: The folder to come; missing parents are made when it is written.
-        force: It may replace an empty folder or a bundle, never anything else.
+        force: It may replace an empty folder, a bundle or a package, never anything else.
 
     Raises:
         InputError: It exists and may not be replaced, or the folder above it is not writable.
@@ -42,8 +45,8 @@ def require_free(output: Path, *, force: bool) -> None:
     with _naming(output):
         if output.is_mount():
             raise InputError(f"{output} is a mount point, which cannot be replaced.", "Name a folder inside it.")
-        bundle = (output / MANIFEST).is_file()
-        if output.exists() and not bundle and not (output.is_dir() and not any(output.iterdir())):
+        ours = any((output / name).is_file() for name in (MANIFEST, PACKAGE))
+        if output.exists() and not ours and not (output.is_dir() and not any(output.iterdir())):
             what = f"{output} is not a qdeploy bundle, so --force does not replace it."
             raise InputError(what, "Name another output, or remove it yourself.")
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, help="exit with 1 if a golden output is further off than this")
     given = parser.parse_args()
     session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
-    inputs = read_npz(HERE / "golden" / "inputs.npz") if given.file is None else read_inputs(given.file, session)
+    inputs = read_inputs(given.file, session) if given.file else golden("inputs.npz")
     outputs = run(session, inputs)
     if given.output:
         np.savez(given.output, **outputs)
-    if given.file is not None:
+    if given.file:
         for name, array in outputs.items():
             print(f"{name} {array.dtype}{list(array.shape)}\n{array}")
         return 0
@@ -60,7 +61,7 @@ def run(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
 
 def check(inputs: Arrays, outputs: Arrays, tolerance: float | None) -> int:
     """Print how far the outputs are from those that were measured when the model was made."""
-    expected = read_npz(HERE / "golden" / "outputs.npz")
+    expected = golden("outputs.npz")
     worst = 0.0
     for name, array in outputs.items():
         off = difference(array, expected[name])
@@ -74,15 +75,15 @@ def check(inputs: Arrays, outputs: Arrays, tolerance: float | None) -> int:
 def check_preprocessing(inputs: Arrays) -> None:
     """Print how far this machine's decoding and scaling of the golden image files is from the model's inputs."""
     try:
-        from preprocess import preprocess
+        preprocess = importlib.import_module("preprocess").preprocess
     except ModuleNotFoundError as error:
         print(f"preprocessing: not checked, {error.name} is not installed")
         return
     off = 0.0
-    for path, content in read_npz(HERE / "golden" / "raw.npz").items():
+    for path, content in golden("raw.npz").items():
         name, _, i = path.rpartition("/")
-        off = max(off, difference(preprocess(content.tobytes()), inputs[name][int(i)]))
-    print(f"preprocessing: largest difference {off:.6g}")
+        off = max(off, difference(preprocess(content.tobytes())[0], inputs[name][int(i)]))
+    print(f"preprocessing: largest difference {off:.6g} in the inputs made of the golden image files")
 
 
 def difference(found: Any, expected: Any) -> float:
@@ -103,9 +104,18 @@ def read_inputs(path: Path, session: onnxruntime.InferenceSession) -> Arrays:
         return read_npz(path)
     if not (HERE / "preprocess.py").exists():
         sys.exit(f"{path} is no .npz, and this model comes without image preprocessing.")
-    from preprocess import preprocess
-
+    try:
+        preprocess = importlib.import_module("preprocess").preprocess
+    except ModuleNotFoundError as error:
+        sys.exit(f"Images need {error.name}, which is not installed: pip install pillow")
     return {session.get_inputs()[0].name: preprocess(path.read_bytes())}
+
+
+def golden(name: str) -> Arrays:
+    """A file of the golden samples."""
+    if not (HERE / "golden").exists():
+        sys.exit("There are no golden samples here: name an .npz or an image.")
+    return read_npz(HERE / "golden" / name)
 
 
 def read_npz(path: Path) -> Arrays:
