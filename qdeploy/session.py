@@ -79,9 +79,10 @@ def _with_outputs(path: Path, names: Sequence[str], options: onnxruntime.Session
     import onnx
 
     graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names])
+    addition: bytes = onnx.ModelProto(graph=graph).SerializeToString()
     # Where external data lie is not known from bytes.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return path.read_bytes() + onnx.ModelProto(graph=graph).SerializeToString()
+    return path.read_bytes() + addition
 
 
 class SessionRunner(Runner):

@@ -19,7 +19,19 @@ PACKAGES = {
     "qdeploy.calibration_readers": ROOT / "calibration_readers",
 }
 PLUG_INS = ("backends", "calibration_readers")
-CORE = ["errors", "affine", "registry", "scheme", "model", "graph", "statistics", "reader", "backend", "session", "device"]
+CORE = [
+    "errors",
+    "affine",
+    "registry",
+    "scheme",
+    "model",
+    "graph",
+    "statistics",
+    "reader",
+    "backend",
+    "session",
+    "device",
+]
 UPPER = [
     "samples",
     "prepare",

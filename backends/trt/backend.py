@@ -12,8 +12,9 @@ from qdeploy.backends.trt.build import build, check_parses, profile
 from qdeploy.backends.trt.contract import Options
 from qdeploy.backends.trt.engine import MODEL, PLAN, EngineRunner, Record
 from qdeploy.backends.trt.layer_log import layers
-from qdeploy.backends.trt.library import CURE, cuda_devices, installed, library
+from qdeploy.backends.trt.library import CURE, installed, library
 from qdeploy.backends.trt.simulation import Simulated
+from qdeploy.device import cuda_devices
 from qdeploy.model import FloatModel, QuantizedModel, copy_model
 from qdeploy.scheme import QuantContract
 

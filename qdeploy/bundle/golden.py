@@ -63,10 +63,10 @@ def write_golden(bundle: Path, samples: Iterable[GoldenSample]) -> int:
     join = np.concatenate if batch_of_one else np.stack
     folder = bundle / "golden"
     folder.mkdir()
-    _write_npz(folder / "inputs.npz", {name: join([arrays[name] for arrays in inputs]) for name in inputs[0]})
-    _write_npz(folder / "outputs.npz", {name: join([arrays[name] for arrays in outputs]) for name in outputs[0]})
+    write_npz(folder / "inputs.npz", {name: join([arrays[name] for arrays in inputs]) for name in inputs[0]})
+    write_npz(folder / "outputs.npz", {name: join([arrays[name] for arrays in outputs]) for name in outputs[0]})
     if raw:
-        _write_npz(folder / "raw.npz", raw)
+        write_npz(folder / "raw.npz", raw)
     return len(kept)
 
 
@@ -96,7 +96,7 @@ def _form(sample: GoldenSample) -> dict[str, tuple[Any, ...]]:
     return {name: (array.shape, array.dtype) for name, array in _joined_arrays(sample).items()}
 
 
-def _write_npz(path: Path, arrays: Arrays) -> None:
+def write_npz(path: Path, arrays: Arrays) -> None:
     """An .npz as numpy.savez writes it, but without dates, and with any name for an array."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
@@ -109,8 +109,8 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSample, ...]:
     folder = bundle.path / "golden"
     if not folder.exists():
         return ()
-    inputs, outputs = _read_npz(folder / "inputs.npz"), _read_npz(folder / "outputs.npz")
-    raw = _read_npz(folder / "raw.npz") if (folder / "raw.npz").exists() else {}
+    inputs, outputs = read_npz(folder / "inputs.npz"), read_npz(folder / "outputs.npz")
+    raw = read_npz(folder / "raw.npz") if (folder / "raw.npz").exists() else {}
     first = bundle.manifest.inputs[0]
     batch_of_one = inputs[first.name].ndim == len(first.shape)
     samples = []
@@ -125,6 +125,7 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSample, ...]:
     return tuple(samples)
 
 
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz by name."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

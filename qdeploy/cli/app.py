@@ -15,11 +15,12 @@ from qdeploy.cli.bench import bench
 from qdeploy.cli.calibrate import calibrate
 from qdeploy.cli.export import export
 from qdeploy.cli.inspect import inspect
+from qdeploy.cli.package import package
 from qdeploy.cli.parity import parity
 from qdeploy.cli.quantize import quantize
 from qdeploy.cli.report import report
 
-COMMANDS = (export, quantize, calibrate, analyze, inspect, parity, bench, report, backends)
+COMMANDS = (export, quantize, calibrate, analyze, inspect, parity, bench, report, package, backends)
 
 
 def run(arguments: Sequence[str]) -> int:

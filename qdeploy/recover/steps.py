@@ -14,6 +14,7 @@ from qdeploy.recover.bias_correction_empirical import bias_correction_empirical
 from qdeploy.recover.clipping import clipping
 from qdeploy.recover.equalization import equalization
 from qdeploy.recover.keep_edges import keep_edges
+from qdeploy.recover.mixed_precision import mixed_precision
 from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.smoothquant import smoothquant
 from qdeploy.registry import suggestion
@@ -36,6 +37,7 @@ STEPS: Mapping[str, RecoveryStep] = MappingProxyType(
         "clipping": _of_plan(clipping),
         "adaround": adaround,
         "keep-edges": keep_edges,
+        "mixed-precision": mixed_precision,
     }
 )
 

@@ -1,24 +1,25 @@
 """A self-contained folder for a device: a model, golden samples, and a script that needs only ONNX Runtime and numpy.
 
-    run.py               runs the golden samples, an .npz or an image
-    preprocess.py        how an image becomes the input, if the bundle has image preprocessing
-    model.onnx           the target's model, with its external data if any
-    golden/              inputs.npz, outputs.npz as the bundle's runner gave them, raw.npz with the image files if any
-    requirements.txt     what to install
-    README.md, qdeploy-package.json, SHA256SUMS
+run.py               runs the golden samples, an .npz or an image
+preprocess.py        how an image becomes the input, if the bundle has image preprocessing
+model.onnx           the target's model, with its external data if any
+golden/              inputs.npz, outputs.npz as the bundle's runner gave them, raw.npz with the image files if any
+requirements.txt     what to install
+README.md, qdeploy-package.json, SHA256SUMS
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdeploy.bundle.golden import GoldenSample, read_golden, write_golden
+from qdeploy.bundle.golden import read_npz, write_npz
 from qdeploy.bundle.load import open_bundle
 from qdeploy.bundle.packages.package import chosen, writing_package
-from qdeploy.errors import InputError, InternalError
+from qdeploy.errors import InternalError
 from qdeploy.model import copy_model
 from qdeploy.samples.kinds import preprocessing_from_json
 from qdeploy.samples.preprocessing import Preprocessing
@@ -46,7 +47,8 @@ def package_edge(path: Path, output: Path, *, target: str | None = None, force: 
     entry = chosen(bundle, [target] if target else [], TAKES, "An edge package")[0]
     with writing_package(bundle, "edge", [entry], output, force=force) as folder:
         copy_model(path / entry.folder / entry.main, folder).rename(folder / "model.onnx")
-        _write_golden(read_golden(bundle), entry.folder, folder)
+        if (path / "golden").exists():
+            _write_golden(path / "golden", entry.folder, folder / "golden")
         (folder / "run.py").write_text(_shipped("edge_run.py"), "utf-8")
         preprocessing = _image_preprocessing(bundle.manifest)
         if preprocessing is not None:
@@ -69,7 +71,7 @@ def preprocessing_code(preprocessing: Preprocessing) -> str:
     }
     for name, value in settings.items():
         literal = f'"{value}"' if isinstance(value, str) else repr(value)
-        code, found = re.subn(rf"^({name}: .* = ).*(  #|$)", rf"\g<1>{literal}\g<2>", code, flags=re.MULTILINE)
+        code, found = re.subn(rf"^({name}: .* = ).*?(  #|$)", rf"\g<1>{literal}\g<2>", code, flags=re.MULTILINE)
         if found != 1:
             message = f"edge_preprocess.py holds {name} {found} times"
             raise InternalError(message)
@@ -81,5 +83,45 @@ def _shipped(name: str) -> str:
     return files("qdeploy.bundle.packages").joinpath(name).read_text("utf-8")
 
 
-def _write_golden(samples: tuple[GoldenSample, ...], target: str, folder: Path) -> None:
+def _write_golden(golden: Path, target: str, folder: Path) -> None:
     """The golden samples with the outputs of one target alone, called by their own names."""
+    folder.mkdir()
+    for name in ("inputs.npz", "raw.npz"):
+        if (golden / name).exists():
+            shutil.copyfile(golden / name, folder / name)
+    outputs = read_npz(golden / "outputs.npz")
+    own = {name: array for name, array in outputs.items() if name.startswith(f"{target}/")}
+    write_npz(folder / "outputs.npz", {name.removeprefix(f"{target}/"): array for name, array in own.items()})
+
+
+def _image_preprocessing(manifest: Manifest) -> Preprocessing | None:
+    found = preprocessing_from_json(manifest.preprocessing) if manifest.preprocessing else None
+    return found if isinstance(found, Preprocessing) else None
+
+
+def _requirements(manifest: Manifest, preprocessing: Preprocessing | None) -> str:
+    """What to install, at least as new as what the bundle was measured with."""
+    newest = manifest.environment.get("onnxruntime")
+    lines = [f"onnxruntime>={newest}" if newest else "onnxruntime", "numpy"]
+    return "".join(f"{line}\n" for line in [*lines, *(["pillow"] if preprocessing else [])])
+
+
+def _readme(name: str, entry: BundledTarget, manifest: Manifest, preprocessing: Preprocessing | None) -> str:
+    image = (
+        "    python run.py photo.jpg           # an image, made the input as preprocess.py says\n"
+        if preprocessing
+        else ""
+    )
+    return f"""# {name} for {entry.target}:{entry.precision}
+
+    sha256sum -c SHA256SUMS           # is everything as it was made?
+    pip install -r requirements.txt
+    python run.py                     # golden samples: how far is this machine from where the model was measured?
+    python run.py inputs.npz          # your own samples, in arrays called as the inputs
+{image}
+Inputs: {"; ".join(map(str, manifest.inputs))}.
+Outputs: {"; ".join(map(str, manifest.outputs))}.
+
+Another processor may round differently where integers become floats: a few steps of the quantized output are no error.
+`run.py --tolerance X` exits with 1 beyond the X that your application bears. Made by qdeploy {manifest.qdeploy}.
+"""

@@ -1,9 +1,9 @@
 """Runs the model beside this file with ONNX Runtime; needs onnxruntime and numpy, and Pillow for image files.
 
-    python run.py                        the golden samples: how far is this machine from where the model was measured?
-    python run.py inputs.npz             your own samples, in arrays called as the model's inputs
-    python run.py photo.jpg              an image, if the model was measured on images
-    python run.py … --output FILE.npz    keep the outputs
+python run.py                        the golden samples: how far is this machine from where the model was measured?
+python run.py inputs.npz             your own samples, in arrays called as the model's inputs
+python run.py photo.jpg              an image, if the model was measured on images
+python run.py … --output FILE.npz    keep the outputs
 """
 
 from __future__ import annotations

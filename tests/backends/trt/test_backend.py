@@ -12,6 +12,7 @@ from qdeploy.backend import Evidence
 from qdeploy.backends.trt import backend, library
 from qdeploy.backends.trt.backend import TensorRT
 from qdeploy.backends.trt.contract import INT8_RULES, Options
+from qdeploy.device import cuda_devices
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.model import DimRange
 from qdeploy.quantize.float16 import cast_quantized, to_float16
@@ -140,7 +141,7 @@ def test_a_half_network_runs_in_half(tmp_path):
     assert kinds["conv"] == kinds["depthwise"] == kinds["pointwise"] == kinds["classifier"] == ("fp16", "fp16")
 
 
-@pytest.mark.skipif(library.cuda_devices() > 0, reason="has a GPU")
+@pytest.mark.skipif(cuda_devices() > 0, reason="has a GPU")
 @pytest.mark.parametrize("precision", ["int8", "fp16", "int8-fp16"])
 def test_without_a_gpu_the_very_model_runs_on_the_cpu(precision, tmp_path):
     artifact, _ = lowered(NET, tmp_path, precision)
@@ -161,7 +162,7 @@ def samples_for_net():
     return {"image": np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
 
 
-@pytest.mark.skipif(library.cuda_devices() == 0, reason="NOT TESTED: engines run on a CUDA device, and there is none")
+@pytest.mark.skipif(cuda_devices() == 0, reason="NOT TESTED: engines run on a CUDA device, and there is none")
 @pytest.mark.parametrize("precision", ["int8", "fp16", "int8-fp16", "fp32"])
 def test_an_engine_is_near_its_own_graph(precision, tmp_path):
     artifact, _ = lowered(NET, tmp_path, precision)

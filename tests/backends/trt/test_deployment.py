@@ -9,7 +9,7 @@ import pytest
 
 import qdeploy
 from qdeploy import pipeline
-from qdeploy.backends.trt.library import cuda_devices
+from qdeploy.device import cuda_devices
 from qdeploy.cli import main
 from tests.contracts.backend_contract import NET, float_model
 
