@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from qdeploy.backend import Evidence
 from qdeploy.graph import load_graph, save_graph
-from qdeploy.session import SessionRunner
+from qdeploy.session import SessionRunner, open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import onnxruntime
 
 ROUNDED_BY_NATURE = frozenset({"Cast", "Constant", "ConstantOfShape"})
 
@@ -27,22 +28,16 @@ class Simulated(SessionRunner):
     evidence = Evidence.SIMULATED
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, graph_level="disable")
-        self._model = path
+        super().__init__(path, opener=partial(_open_rounded, path))
 
-    def __enter__(self) -> Self:
-        with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
-            graph = load_graph(self._model)
-            if round_to_float16(graph):
-                self._path = Path(folder) / self._model.name
-                save_graph(graph, self._path)
-            return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self._path = self._model
+def _open_rounded(path: Path) -> onnxruntime.InferenceSession:
+    with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
+        graph = load_graph(path)
+        if round_to_float16(graph):
+            path = Path(folder) / path.name
+            save_graph(graph, path)
+        return open_session(path, graph_level="disable")
 
 
 def round_to_float16(graph: ir.Model) -> bool:

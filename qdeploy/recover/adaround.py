@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qdeploy import graph as questions
 from qdeploy.errors import UnavailableError
 from qdeploy.plan import QuantPlan
-from qdeploy.recover.bias_correction import present_bias
+from qdeploy.recover.bias_correction import has_place_for_bias, present_bias
 from qdeploy.recover.layer_data import Probe, blocks, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
 from qdeploy.recover.rounding import Rows, choose, neighbours
@@ -58,12 +58,8 @@ def adaround(recovery: Recovery) -> Recovery:
     nodes = [node for node in weighted_nodes(recovery.plan, graph) if is_product(node) and _is_sole_reader(node)]
     for start, block in blocks(nodes):
         collected = _collect(recovery, block, nodes[start:])
-        plan = recovery.plan
-        rounded = {
-            questions.name_of(node.inputs[1]): _rounded(plan, node, rows)
-            for node, rows in zip(block, collected, strict=True)
-        }
-        recovery = replace(recovery, plan=replace(plan, replaced={**plan.replaced, **rounded}))
+        for node, rows in zip(block, collected, strict=True):
+            recovery = replace(recovery, plan=_rounded(recovery.plan, node, rows))
     return replace(recovery, plan=replace(recovery.plan, steps=(*recovery.plan.steps, NAME)))
 
 
@@ -109,9 +105,7 @@ def _collect(recovery: Recovery, block: Sequence[ir.Node], waiting: Sequence[ir.
 
 def _row_limit(node: ir.Node, memory: int) -> int:
     """How many rows to choose a layer's rounding by, within so many bytes."""
-    weight = questions.weight_of(node)
-    assert weight is not None
-    groups, inputs, outputs = matrices(node, weight).shape
+    groups, inputs, outputs = matrices(node, _weight(node)).shape
     return int(min(ROWS, max(LEAST_ROWS, memory // (4 * groups * (inputs + outputs)))))
 
 
@@ -129,12 +123,25 @@ def _joined(
     groups, _, outputs = y.shape
     # A MatMul's bias is added behind it.
     bias = np.zeros(groups * outputs) if node.op_type == "MatMul" else present_bias(plan, node, groups * outputs)
-    return Rows(x[:, order], y[:, order], bias.reshape(groups, 1, outputs).astype(np.float32), bounds)
+    columns = bias.reshape(groups, 1, outputs).astype(np.float32)
+    return Rows(x[:, order], y[:, order], columns, bounds, has_place_for_bias(node, _weight(node)))
 
 
-def _rounded(plan: QuantPlan, node: ir.Node, rows: Rows) -> NDArray[np.float32]:
+def _rounded(plan: QuantPlan, node: ir.Node, rows: Rows) -> QuantPlan:
+    """The plan with one layer's weight rounded and its bias shifted; as it was, where the rows are too few to tell."""
+    weight, name = _weight(node), questions.name_of(node.inputs[1])
+    if rows.x.shape[1] < rows.x.shape[2]:
+        return plan
+    grid = neighbours(weight, plan.weights[name])
+    found, shift = choose(rows, *(matrices(node, each) for each in (weight, *grid)))
+    plan = replace(plan, replaced={**plan.replaced, name: stored_layout(node, found, weight.shape)})
+    if not rows.takes_shift:
+        return plan
+    bias = (present_bias(plan, node, shift.size) + shift.reshape(-1)).astype(np.float32)
+    return replace(plan, biases={**plan.biases, str(node.name): bias})
+
+
+def _weight(node: ir.Node) -> NDArray[np.float32]:
     weight = questions.weight_of(node)
     assert weight is not None
-    grid = neighbours(weight, plan.weights[questions.name_of(node.inputs[1])])
-    found = choose(rows, *(matrices(node, each) for each in (weight, *grid)))
-    return stored_layout(node, found, weight.shape)
+    return weight

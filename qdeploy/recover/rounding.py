@@ -3,10 +3,11 @@
 Of the two grid values around each weight, W⁻ and W⁺, and with a the activation behind the layer:
 
     Ŵ = W⁻ + (W⁺ − W⁻) · h(V)        h(V) = clip(1.2 · sigmoid(V) − 0.1, 0, 1)
-    min over V of   Σ (a(x · Ŵ + b) − y)²  +  λ · Σ (1 − |2·h(V) − 1|^β)
+    min over V and δ of   Σ (a(x · Ŵ + b + δ) − y)²  +  λ · Σ (1 − |2·h(V) − 1|^β)
 
 The second term sets in after a warm start and is annealed, β from 20 to 2, until each h(V) is near 0 or 1 (Nagel et al.
-2020, arXiv 2004.10568, section 3.2). The errors of each output channel are counted in units of those that rounding to
+2020, arXiv 2004.10568, section 3.2). Beyond the paper, the bias moves along, by δ: what rounding shifts is corrected
+where it counts, behind the activation, and not in values that the activation cuts off anyway. The errors of each output channel are counted in units of those that rounding to
 nearest makes, so that λ means the same for every channel of every network.
 """
 
@@ -46,12 +47,14 @@ class Rows:
         y: Outputs to come close to, behind the activation, float32 [groups, rows, outputs].
         bias: float32 [groups, 1, outputs].
         bounds: Of the activation; infinite without one.
+        takes_shift: Whether there is a place for a bias, so that it can move.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.float32]
     bias: NDArray[np.float32]
     bounds: tuple[float, float]
+    takes_shift: bool
 
 
 def neighbours(weight: NDArray[np.float32], affine: Affine) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -64,8 +67,10 @@ def neighbours(weight: NDArray[np.float32], affine: Affine) -> tuple[NDArray[np.
 
 def choose(
     rows: Rows, weight: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """The weight with each value rounded down or up; an output channel that gains nothing is rounded to nearest.
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The weight with each value rounded down or up, and the shift of the bias, [groups, 1, outputs].
+
+    An output channel that gains nothing is rounded to nearest, and keeps its bias.
 
     Args:
         rows: What to choose by.
@@ -78,22 +83,24 @@ def choose(
     x, y, bias = (torch.from_numpy(each) for each in (rows.x, rows.y, rows.bias))
     exact, below, above = (torch.from_numpy(np.array(each)) for each in (weight, low, high))
 
-    def errors(rounded: torch.Tensor, part: slice) -> torch.Tensor:
+    def errors(rounded: torch.Tensor, shift: torch.Tensor, part: slice) -> torch.Tensor:
         """Mean square error of each output channel, [groups, 1, outputs]."""
-        output = torch.baddbmm(bias, x[:, part], rounded).clamp(*rows.bounds)
+        output = torch.baddbmm(bias + shift, x[:, part], rounded).clamp(*rows.bounds)
         return (output - y[:, part]).square().mean(dim=1, keepdim=True)
 
+    def relative(up: torch.Tensor, shift: torch.Tensor, part: slice) -> torch.Tensor:
+        return (unit * errors(below + span * up, shift * root, part)).sum()
+
+    span, whole, still = above - below, slice(None), torch.zeros(1)
     nearest = torch.where(exact - below < above - exact, below, above)
-    at_nearest = errors(nearest, slice(None))
-    unit = torch.where(at_nearest > 0, 1 / at_nearest, 0)
-    span = above - below
+    at_nearest = errors(nearest, still, whole)
+    unit, root = torch.where(at_nearest > 0, 1 / at_nearest, 0), at_nearest.sqrt() * float(rows.takes_shift)
     share = torch.where(span > 0, (exact - below) / span, 0.5).clamp(0, 1)
     with _one_thread():
-        found = _anneal(share, lambda up, part: (unit * errors(below + span * up, part)).sum(), x.shape[1])
-    rounded = torch.where(found, above, below)
-    better = errors(rounded, slice(None)) < at_nearest
-    chosen: NDArray[np.float32] = torch.where(better, rounded, nearest).numpy()
-    return chosen
+        up, shift = _anneal(share, torch.zeros_like(bias), relative, x.shape[1])
+    rounded, shift = torch.where(up, above, below), shift * root
+    better = errors(rounded, shift, whole) < at_nearest
+    return torch.where(better, rounded, nearest).numpy(), torch.where(better, shift, 0).numpy()
 
 
 @contextmanager
@@ -109,23 +116,29 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _anneal(share: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int) -> torch.Tensor:
-    """Whether each weight goes up.
+def _anneal(
+    share: torch.Tensor,
+    shift: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor],
+    rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each weight goes up, and the shift.
 
     Args:
         share: How far up from the lower grid value each weight lies; h begins there.
-        loss: Of h, on a slice of the rows.
+        shift: Where the shift begins.
+        loss: Of h and the shift, on a slice of the rows.
         rows: How many there are.
     """
     import torch
 
-    v = torch.logit((share - LOW) / (HIGH - LOW)).requires_grad_()
-    optimizer = torch.optim.Adam([v], LEARNING_RATE, fused=True)
+    v, shift = torch.logit((share - LOW) / (HIGH - LOW)).requires_grad_(), shift.requires_grad_()
+    optimizer = torch.optim.Adam([v, shift], LEARNING_RATE, fused=True)
     batch = min(BATCH, rows)
     for iteration in range(ITERATIONS):
         start = iteration * batch % (rows - batch + 1)
         up = (torch.sigmoid(v) * (HIGH - LOW) + LOW).clamp(0, 1)
-        total = loss(up, slice(start, start + batch))
+        total = loss(up, shift, slice(start, start + batch))
         progress = (iteration / ITERATIONS - WARM_START) / (1 - WARM_START)
         if progress >= 0:
             beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * progress
@@ -133,4 +146,4 @@ def _anneal(share: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Ten
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    return v.detach() > 0
+    return v.detach() > 0, shift.detach()

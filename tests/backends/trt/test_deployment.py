@@ -9,8 +9,8 @@ import pytest
 
 import qdeploy
 from qdeploy import pipeline
-from qdeploy.device import cuda_devices
 from qdeploy.cli import main
+from qdeploy.device import cuda_devices
 from tests.contracts.backend_contract import NET, float_model
 
 pytestmark = [
