@@ -21,7 +21,7 @@ from qdeploy import graph as questions
 from qdeploy.errors import UnavailableError
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import has_place_for_bias, present_bias
-from qdeploy.recover.layer_data import Probe, blocks, simulate, weighted_nodes
+from qdeploy.recover.layer_data import Tap, blocks, constant_weight, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
 from qdeploy.recover.rounding import Rows, choose, neighbours
 from qdeploy.recover.rows import input_rows, is_product, matrices, output_rows, position_count, stored_layout
@@ -90,8 +90,8 @@ def _collect(recovery: Recovery, block: Sequence[ir.Node], waiting: Sequence[ir.
         twins = {each.name: each for each in simulation.graph}
         sources = [questions.name_of(twins[node.name].inputs[0]) for node in block]
         results = [questions.name_of(questions.result_of(node)) for node in block]
-        exact = Probe(questions.load_graph(plan.model.path), results, path / "float.onnx", "all")
-        quantized = Probe(simulation, sources, path / "quantized.onnx")
+        exact = Tap(questions.load_graph(plan.model.path), results, path / "float.onnx", "all")
+        quantized = Tap(simulation, sources, path / "quantized.onnx")
         for sample in samples:
             given, wanted = quantized(sample), exact(sample)
             for node, source, result, part in zip(block, sources, results, parts, strict=True):
@@ -105,7 +105,7 @@ def _collect(recovery: Recovery, block: Sequence[ir.Node], waiting: Sequence[ir.
 
 def _row_limit(node: ir.Node, memory: int) -> int:
     """How many rows to choose a layer's rounding by, within so many bytes."""
-    groups, inputs, outputs = matrices(node, _weight(node)).shape
+    groups, inputs, outputs = matrices(node, constant_weight(node)).shape
     return int(min(ROWS, max(LEAST_ROWS, memory // (4 * groups * (inputs + outputs)))))
 
 
@@ -124,12 +124,12 @@ def _joined(
     # A MatMul's bias is added behind it.
     bias = np.zeros(groups * outputs) if node.op_type == "MatMul" else present_bias(plan, node, groups * outputs)
     columns = bias.reshape(groups, 1, outputs).astype(np.float32)
-    return Rows(x[:, order], y[:, order], columns, bounds, has_place_for_bias(node, _weight(node)))
+    return Rows(x[:, order], y[:, order], columns, bounds, has_place_for_bias(node, constant_weight(node)))
 
 
 def _rounded(plan: QuantPlan, node: ir.Node, rows: Rows) -> QuantPlan:
     """The plan with one layer's weight rounded and its bias shifted; as it was, where the rows are too few to tell."""
-    weight, name = _weight(node), questions.name_of(node.inputs[1])
+    weight, name = constant_weight(node), questions.name_of(node.inputs[1])
     if rows.x.shape[1] < rows.x.shape[2]:
         return plan
     grid = neighbours(weight, plan.weights[name])
@@ -139,9 +139,3 @@ def _rounded(plan: QuantPlan, node: ir.Node, rows: Rows) -> QuantPlan:
         return plan
     bias = (present_bias(plan, node, shift.size) + shift.reshape(-1)).astype(np.float32)
     return replace(plan, biases={**plan.biases, str(node.name): bias})
-
-
-def _weight(node: ir.Node) -> NDArray[np.float32]:
-    weight = questions.weight_of(node)
-    assert weight is not None
-    return weight

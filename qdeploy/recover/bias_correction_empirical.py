@@ -9,7 +9,7 @@ appendix D):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy import graph as questions
-from qdeploy.plan import QuantPlan
-from qdeploy.recover.bias_correction import has_place_for_bias
-from qdeploy.recover.layer_data import Probe, blocks, rounded_constant, simulate, weighted_nodes
+from qdeploy.recover.bias_correction import has_place_for_bias, present_bias
+from qdeploy.recover.layer_data import Tap, constant_weight, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
 from qdeploy.samples.source import Sample
 
@@ -34,8 +33,9 @@ NAME = "bias-correction-empirical"
 def bias_correction_empirical(recovery: Recovery) -> Recovery:
     """The recovery with the biases that give each weighted node the float network's channel means on the samples.
 
-    It replaces what an earlier bias correction did, and comes after all steps that change weights or their rounding.
-    It costs one pass over the samples in float and at most 12 through the quantized network, and nothing at run time.
+    It starts from the biases that there are, and comes after the weights are final; not after AdaRound, which shifts
+    biases itself, by what the activation lets through. It costs a pass over the samples in float and one for each
+    weighted node through the quantized network up to that node, half of it on average; nothing at run time.
 
     Raises:
         InputError: The samples are not at hand.
@@ -43,67 +43,44 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
     samples, folder = recovery.require_samples(NAME), recovery.require_means(NAME).folder
     plan = recovery.plan
     graph = questions.load_graph(plan.model.path)
-    nodes = [n for n in weighted_nodes(plan, graph) if has_place_for_bias(n, questions.weight_of(n))]
+    nodes = [node for node in weighted_nodes(plan, graph) if has_place_for_bias(node, constant_weight(node))]
     with TemporaryDirectory(dir=folder) as name:
         path = Path(name) / "model.onnx"
-        with_bias = {str(node.name): _output_with_bias(node) for node in nodes}
-        wanted = _channel_means(
-            Probe(questions.load_graph(plan.model.path), with_bias.values(), path, "all"), nodes, with_bias, samples
-        )
-        for start, block in blocks(nodes):
-            simulation = simulate(plan, nodes[start:])
-            without_bias = {str(node.name): _add_rounded_twin(simulation, node, plan) for node in block}
-            found = _channel_means(Probe(simulation, without_bias.values(), path), block, without_bias, samples)
-            biases = {node: (wanted[node] - mean).astype(np.float32) for node, mean in found.items()}
-            plan = replace(plan, biases={**plan.biases, **biases})
+        axes = {questions.name_of(_with_bias(node).outputs[0]): questions.output_channel_axis(node) for node in nodes}
+        wanted = _channel_means(Tap(questions.load_graph(plan.model.path), axes, path, "all"), axes, samples)
+        for node, (tensor, axis) in zip(nodes, axes.items(), strict=True):
+            simulation = simulate(plan)
+            (output,) = (each.outputs[0] for each in simulation.graph if each.name == _with_bias(node).name)
+            exact = {questions.name_of(output): axis}  # before it is rounded itself
+            (found,) = _channel_means(Tap(simulation, exact, path), exact, samples).values()
+            bias = present_bias(plan, node, found.size) + wanted[tensor] - found
+            plan = replace(plan, biases={**plan.biases, str(node.name): bias.astype(np.float32)})
     return replace(recovery, plan=replace(plan, steps=(*plan.steps, NAME)))
 
 
-def _output_with_bias(node: ir.Node) -> str:
-    """The tensor that a node's bias has been added to: a MatMul's is written by the Add behind it."""
+def _with_bias(node: ir.Node) -> ir.Node:
+    """The node that adds a node's bias: itself, or the Add behind a MatMul."""
     reader, _ = questions.bias_input(node) or (node, 2)
-    return questions.name_of(reader.outputs[0])
-
-
-def _add_rounded_twin(simulation: ir.Model, node: ir.Node, plan: QuantPlan) -> str:
-    """Let a node be computed beside itself with its rounded weight and no bias; gives the name of what it writes.
-
-    x̂ ─► Conv(W, b) ─► …        becomes        x̂ ─┬─► Conv(W, b) ─► …
-                                                  └─► Conv(Ŵ) ─► twin
-    """
-    import onnx_ir as ir
-
-    name = f"{node.name}/rounded"
-    weight = rounded_constant(plan, node.inputs[1])
-    constant = ir.val(f"{name}/weight", const_value=ir.tensor(weight, name=f"{name}/weight"))
-    simulation.graph.register_initializer(constant)
-    source = next(each.inputs[0] for each in simulation.graph if each.name == node.name)
-    twin = ir.node(node.op_type, [source, constant], dict(node.attributes), name=name)
-    twin.outputs[0].name, twin.outputs[0].type = name, node.outputs[0].type
-    simulation.graph.append(twin)
-    return name
+    return reader
 
 
 def _channel_means(
-    probe: Probe, nodes: Sequence[ir.Node], tensors: Mapping[str, str], samples: Iterable[Sample]
+    tap: Tap, axes: Mapping[str, int | None], samples: Iterable[Sample]
 ) -> dict[str, NDArray[np.float64]]:
-    """The mean of each output channel over all samples, by node name.
+    """The mean of each channel over all samples, by tensor name; sums are float64, and each value counts the same.
 
     Args:
-        probe: Gives the tensors.
-        nodes: Weighted nodes.
-        tensors: The tensor of each, by node name.
-        samples: Run one after another; sums are float64, and each value counts the same.
+        tap: Gives the tensors.
+        axes: The channel axis of each tensor.
+        samples: Run one after another.
     """
     sums: dict[str, NDArray[np.float64]] = {}
-    counts = dict.fromkeys(tensors, 0)
+    counts = dict.fromkeys(axes, 0)
     for sample in samples:
-        found = probe(sample)
-        for node in nodes:
-            name, axis = str(node.name), questions.output_channel_axis(node)
+        found = tap(sample)
+        for name, axis in axes.items():
             assert axis is not None
-            channels = np.moveaxis(found[tensors[name]], axis, 0)
-            channels = channels.reshape(channels.shape[0], -1)
+            channels = np.moveaxis(found[name], axis, 0).reshape(found[name].shape[axis], -1)
             sums[name] = sums.get(name, 0.0) + channels.sum(axis=1, dtype=np.float64)
             counts[name] += channels.shape[1]
     return {name: total / counts[name] for name, total in sums.items()}

@@ -1,8 +1,8 @@
 """What the steps share that look at one layer after another: the network so far, and what flows through it.
 
 A layer deep in the network sees what the rounding before it has left of its input. To know it exactly, the samples
-would have to be run once for each layer. Layers are taken in blocks instead, one pass over the samples for each: a
-layer sees the blocks before its own as they will be, and its own block with exact weights.
+must be run once for each layer. Where that is too much, layers are taken in blocks, with one pass for each: a layer
+sees the blocks before its own as they will be, and its own block with exact weights.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def blocks(nodes: Sequence[ir.Node]) -> list[tuple[int, Sequence[ir.Node]]]:
     return [(start, nodes[start:end]) for start, end in pairwise(edges)]
 
 
-def rounded_constant(plan: QuantPlan, value: ir.Value) -> NDArray[np.float32]:
-    """What a constant of the float graph is in the quantized one: as a step has rounded it, or else to nearest."""
-    name, array = questions.name_of(value), questions.constant(value)
-    assert array is not None
-    return fake_quantize(plan.replaced.get(name, array), plan.weights[name])
+def constant_weight(node: ir.Node) -> NDArray[np.float32]:
+    """The weight of a weighted node, in its stored layout."""
+    weight = questions.weight_of(node)
+    assert weight is not None
+    return weight
 
 
 def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
@@ -71,8 +71,11 @@ def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
     graph = questions.load_graph(plan.model.path)
     constants = graph.graph.initializers
     kept = {str(node.name): questions.name_of(node.inputs[1]) for node in exact}
-    replaced = {**plan.replaced, **{name: rounded_constant(plan, constants[name]) for name in plan.weights}}
-    replaced = {name: array for name, array in replaced.items() if name not in kept.values()}
+    replaced = {name: array for name, array in plan.replaced.items() if name not in kept.values()}
+    for name in plan.weights.keys() - kept.values():
+        weight = replaced.get(name, questions.constant(constants[name]))
+        assert weight is not None
+        replaced[name] = fake_quantize(weight, plan.weights[name])
     biases = {node: bias for node, bias in plan.biases.items() if node not in kept}
     replace_constants(graph, replace(plan, replaced=replaced, biases=biases))
     values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
@@ -112,7 +115,7 @@ def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
     graph.graph.extend([quantize, dequantize])
 
 
-class Probe:
+class Tap:
     """Runs samples through the part of a graph that some of its tensors need, and gives these.
 
     Args:

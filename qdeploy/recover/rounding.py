@@ -6,9 +6,11 @@ Of the two grid values around each weight, W⁻ and W⁺, and with a the activat
     min over V and δ of   Σ (a(x · Ŵ + b + δ) − y)²  +  λ · Σ (1 − |2·h(V) − 1|^β)
 
 The second term sets in after a warm start and is annealed, β from 20 to 2, until each h(V) is near 0 or 1 (Nagel et al.
-2020, arXiv 2004.10568, section 3.2). Beyond the paper, the bias moves along, by δ: what rounding shifts is corrected
-where it counts, behind the activation, and not in values that the activation cuts off anyway. The errors of each output channel are counted in units of those that rounding to
+2020, arXiv 2004.10568, section 3.2). The errors of each output channel are counted in units of those that rounding to
 nearest makes, so that λ means the same for every channel of every network.
+
+Beyond the paper, the bias moves along, by δ: what rounding shifts is corrected where it counts, behind the activation,
+and not by the mean of values that the activation cuts off.
 """
 
 from __future__ import annotations

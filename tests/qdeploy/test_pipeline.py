@@ -419,7 +419,7 @@ def test_slow_samples_are_not_begun_anew_for_a_look_at_the_first(data, tmp_path)
             {"targets": (TargetRequest("ort-cpu", "", {"threads": "x"}),)},
             "The option ort-cpu.threads cannot be 'x'",
         ),
-        ((), {"recover": ("adaround",)}, "Unknown recovery step 'adaround'. Known: none, bias-correction"),
+        ((), {"recover": ("no-such-step",)}, "Unknown recovery step 'no-such-step'. Known: none, bias-correction"),
         ((), {"recover": ("none", "bias-correction")}, "The recovery step 'none' stands alone."),
         ((), {"reader": "mean"}, "Unknown calibration reader 'mean'. "),
         ((), {"reader": "percentile:x"}, "The calibration reader 'percentile' cannot take the parameter 'x'."),

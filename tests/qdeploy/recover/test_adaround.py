@@ -12,7 +12,8 @@ from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.graph import load_graph, save_graph
 from qdeploy.plan import plan as make_plan
-from qdeploy.recover import rounding
+from qdeploy.recover import adaround as step
+from qdeploy.recover import layer_data, rounding
 from qdeploy.recover.adaround import adaround
 from qdeploy.recover.bias_correction import bias_correction
 from qdeploy.recover.layer_data import simulate
@@ -189,26 +190,47 @@ def test_float_nodes_are_left_alone(convolutions, recovery, contract):
     assert adaround(start).plan.replaced == {}
 
 
-def test_rounding_is_chosen_from_the_weight_that_an_earlier_step_left(build, node, normal_form, recovery):
+def test_too_few_rows_tell_nothing(build, node, normal_form, recovery):
+    weights = {"w": floats(8, 5), "c": floats(5)}
+    model = normal_form(build([node("Gemm", "x w c", "out")], {"x": [1, 8]}, {"out": [1, 5]}, weights))
+    few, enough = (recovery(model, [Sample({"x": floats(1, 8)}) for _ in range(number)]) for number in (7, 8))
+
+    assert adaround(few).plan == replace(few.plan, steps=("adaround",))
+    assert set(adaround(enough).plan.replaced) == {"w"}
+
+
+def test_biases_move_where_there_is_a_place_for_them(convolutions, recovery):
+    plan = adaround(recovery(convolutions, images(16))).plan
+
+    assert set(plan.biases) == {"c1", "c2", "y3", "y4"}  # the MatMul has no Add behind it
+
+
+def test_a_corrected_bias_is_where_it_begins(build, node, normal_form, recovery):
     exact = floats(8, 5)
     model = normal_form(build([node("Gemm", "x w", "out")], {"x": [3, 8]}, {"out": [3, 5]}, {"w": exact}))
     start = recovery(model, [Sample({"x": floats(3, 8)}) for _ in range(20)])
-    halved = replace(start, plan=replace(start.plan, replaced={"w": exact / 2}))
+    far = replace(start, plan=replace(start.plan, biases={"out": np.full(5, 3, np.float32)}))
 
-    plan = adaround(halved).plan
+    plan = adaround(far).plan
 
-    assert np.all(np.abs(plan.replaced["w"] - exact / 2) <= plan.weights["w"].scale * (1 + 1e-5))
+    x = np.concatenate([sample.inputs["x"] for sample in start.means.samples]).astype(np.float64)
+    error = x @ plan.replaced["w"] + plan.biases["out"] - x @ exact
+    assert np.abs(error.mean(axis=0)).max() < 0.3
 
 
-def test_a_bias_corrected_before_does_not_reach_the_layers_behind(convolutions, recovery):
-    """Weights that wait for their rounding come with the float network's biases: corrected ones make up for nearest."""
-    start = recovery(convolutions, images())
+def test_layers_behind_see_a_layer_that_waits_as_it_is_in_the_float_graph(convolutions, recovery, monkeypatch):
+    """A corrected bias goes with the rounding that it was corrected for: not with an exact weight."""
+    monkeypatch.setattr(layer_data, "PASSES", 1)
+    start = recovery(convolutions, images(16))
     corrected = replace(start, plan=bias_correction(start.plan, start.statistics))
+    seen = []
+    monkeypatch.setattr(step, "choose", lambda rows, weight, low, _: (seen.append(rows), (low, 0 * rows.bias))[1])
 
-    plan = adaround(corrected).plan
+    adaround(start)
+    adaround(corrected)
 
-    assert plan.steps == ("bias-correction", "adaround")
-    assert plan.biases == corrected.plan.biases
+    for once, again in zip(seen[:5], seen[5:], strict=True):
+        np.testing.assert_array_equal(once.x, again.x)
 
 
 def test_without_torch_it_says_how_to_get_it(convolutions, recovery, monkeypatch):

@@ -1,5 +1,6 @@
 """The choice between two grid values, against its definition and against every choice there is."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -55,12 +56,12 @@ def problem(groups, rows, inputs, outputs, bounds=INFINITE, bits=3):
     x, weight, bias = correlated(groups, rows, inputs), floats(groups, inputs, outputs), floats(groups, 1, outputs)
     y = np.clip(x @ weight + bias, *bounds)
     affine = affine_from_tensor(weight, IntegerType(bits, narrow=True), symmetric=True)
-    return Rows(x, y, bias, bounds), weight, *neighbours(weight, affine), fake_quantize(weight, affine)
+    return Rows(x, y, bias, bounds, takes_shift=False), weight, *neighbours(weight, affine), fake_quantize(weight, affine)
 
 
-def errors(rows, weight):
+def errors(rows, weight, shift=0):
     """Mean square error of each output."""
-    output = np.clip(rows.x.astype(np.float64) @ weight + rows.bias, *rows.bounds)
+    output = np.clip(rows.x.astype(np.float64) @ weight + rows.bias + shift, *rows.bounds)
     return np.square(output - rows.y).mean(axis=1)
 
 
@@ -77,8 +78,9 @@ CASES = {
 def test_each_weight_takes_one_of_its_neighbours_and_no_output_loses(case):
     rows, weight, low, high, nearest = problem(*CASES[case])
 
-    found = choose(rows, weight, low, high)
+    found, shift = choose(rows, weight, low, high)
 
+    assert np.all(shift == 0)
     assert np.all((found == low) | (found == high))
     assert np.all(errors(rows, found) <= errors(rows, nearest) * (1 + 1e-5))
     assert errors(rows, found).sum() < 0.9 * errors(rows, nearest).sum()
@@ -91,7 +93,7 @@ def test_nearly_the_best_of_all_choices(bounds):
         rows, weight, low, high, nearest = problem(1, 200, 9, 1, bounds)
         choices = (np.where(np.reshape(up, weight.shape), high, low) for up in product([False, True], repeat=9))
         best = min(float(errors(rows, choice).item()) for choice in choices)
-        found.append(np.log(errors(rows, choose(rows, weight, low, high)).item() / best))
+        found.append(np.log(errors(rows, choose(rows, weight, low, high)[0]).item() / best))
         plain.append(np.log(errors(rows, nearest).item() / best))
 
     assert np.mean(found) < 0.5 * np.mean(plain)
@@ -101,21 +103,41 @@ def test_weights_on_the_grid_stay_where_nothing_is_to_be_gained():
     affine = affine_from_limits(-1.4, 1.4, IntegerType(4, narrow=True), symmetric=True)
     weight = dequantize(RANDOM.integers(-7, 8, (1, 10, 4)).astype(np.int8), affine)
     x = correlated(1, 100, 10)
-    rows = Rows(x, x @ weight, np.zeros((1, 1, 4), np.float32), INFINITE)
+    rows = Rows(x, x @ weight, np.zeros((1, 1, 4), np.float32), INFINITE, takes_shift=True)
 
-    np.testing.assert_array_equal(choose(rows, weight, *neighbours(weight, affine)), weight)
+    found, shift = choose(rows, weight, *neighbours(weight, affine))
+
+    np.testing.assert_array_equal(found, weight)
+    np.testing.assert_array_equal(shift, 0)
 
 
 def test_an_input_that_is_shifted_is_made_up_for():
     rows, weight, low, high, nearest = problem(1, 400, 16, 3)
-    shifted = Rows(rows.x + np.float32(0.2), rows.y, rows.bias, rows.bounds)
+    shifted = replace(rows, x=rows.x + np.float32(0.2))
 
-    found = choose(shifted, weight, low, high)
+    found, _ = choose(shifted, weight, low, high)
 
     assert errors(shifted, found).sum() < 0.7 * errors(shifted, nearest).sum()
+
+
+@pytest.mark.parametrize("bounds", [INFINITE, (0.0, np.inf)], ids=["linear", "relu"])
+def test_where_the_bias_can_move_it_takes_back_the_mean_error(bounds):
+    rows, weight, low, high, _ = problem(1, 400, 16, 3, bounds)
+    fixed = replace(rows, bias=rows.bias + 2 * np.sqrt(errors(rows, weight * 0).mean()).astype(np.float32) / 10)
+    free = replace(fixed, takes_shift=True)
+
+    found, shift = choose(free, weight, low, high)
+    alone, still = choose(fixed, weight, low, high)
+
+    assert np.all(still == 0)
+    assert errors(free, found, shift).sum() < 0.8 * errors(fixed, alone).sum()
+    if bounds == INFINITE:
+        best = (rows.y - rows.x @ found - free.bias).mean(axis=1, keepdims=True)
+        np.testing.assert_allclose(shift, best, atol=0.3 * np.sqrt(errors(free, found, shift)).max())
 
 
 def test_the_same_rows_give_the_same_choice():
     rows, weight, low, high, _ = problem(1, 300, 12, 5)
 
-    np.testing.assert_array_equal(choose(rows, weight, low, high), choose(rows, weight, low, high))
+    for once, again in zip(choose(rows, weight, low, high), choose(rows, weight, low, high), strict=True):
+        np.testing.assert_array_equal(once, again)
