@@ -34,13 +34,6 @@ from qdeploy.statistics import Statistics
 
 Steps = tuple[str, ...]
 
-ROUNDED: list[Steps] = [
-    ("adaround",),
-    ("adaround", "bias-correction"),
-    ("adaround", "bias-correction-empirical"),
-]
-BIASES: list[Steps] = [(), ("bias-correction",), ("bias-correction-empirical",)]
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -53,12 +46,16 @@ class Setting:
 
 def settings() -> dict[str, Setting]:
     rules = qdeploy.contract("ort-cpu", precision="int8")
-    clipped: list[Steps] = [("clipping", *steps) for steps in (*BIASES, *ROUNDED)]
-    equalized: list[Steps] = [("equalization", *steps) for steps in (*BIASES, *ROUNDED)]
     return {
-        "W4A8, per-channel, mse": Setting(_with_four_bits(rules), Mse(), [*BIASES, *ROUNDED, *clipped]),
-        "W8A8, per-tensor, minmax": Setting(rules.with_per_tensor_weights(), MinMax(), [*BIASES, *ROUNDED, *equalized]),
+        "W4A8, per-channel, mse": Setting(_with_four_bits(rules), Mse(), _after("clipping")),
+        "W8A8, per-tensor, minmax": Setting(rules.with_per_tensor_weights(), MinMax(), _after("equalization")),
     }
+
+
+def _after(first: str) -> list[Steps]:
+    """Every way to round and to correct biases, alone and after another step."""
+    each: list[Steps] = [(), ("bias-correction",), ("bias-correction-empirical",), ("adaround",)]
+    return [*each, *((first, *steps) for steps in each)]
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ HEAD = """\
 | Exit code | Meaning |
 |---|---|
 | 0 | All is well: every target passed |
-| 1 | A target failed, or `inspect` found a broken rule |
+| 1 | A target failed, `inspect` found a broken rule, or `verify` a server that is not the bundle's |
 | 2 | The input is wrong: one message on standard error says what, and what to do |
-| 3 | A target cannot be built on this machine; the message says how to get it |
+| 3 | A target cannot be built on this machine, or a server does not answer; the message says what to do |
 | 70 | A bug of qdeploy's, shown with its traceback |
 | 130, 143 | Interrupted, terminated; nothing half-written stays |
 | 141 | Nobody reads standard output any more |

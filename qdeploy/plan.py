@@ -191,7 +191,7 @@ class _Draft:
                 continue
             if questions.constant(value) is None:
                 self._activate(value, scheme)
-        if rule.output is not None:
+        if rule.output is not None and _is_read_beside(node):
             self._activate(questions.result_of(node), rule.output)
         for index, scheme in rule.inputs.items():
             value = node.inputs[index] if index < len(node.inputs) else None
@@ -277,6 +277,15 @@ def quantizable(graph: ir.Model, contract: QuantContract, keep: Sequence[str] = 
     kept = kept_nodes(graph, keep)
     found = [(node, matching_rule(contract, node, frozenset())) for node in graph.graph.all_nodes()]
     return [(node, rule) for node, rule in found if rule and rule.quantizes and str(node.name) not in kept]
+
+
+def _is_read_beside(node: ir.Node) -> bool:
+    """Whether a node's result is read in the node's own graph, or is an output: only there can a QDQ pair stand.
+
+    What only the body of an If or a Loop reads, it captures as it is.
+    """
+    result = questions.result_of(node)
+    return result.is_graph_output() or any(reader.graph is node.graph for reader in result.consumers())
 
 
 def _axis(scheme: Scheme, array: NDArray[np.float32]) -> int | None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -27,7 +26,8 @@ from qdeploy.bundle.packages.triton import TYPES, require_client
 from qdeploy.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
-    from qdeploy.bundle.manifest import BundledTarget, Manifest
+    from qdeploy.bundle.manifest import Manifest
+    from qdeploy.model import TensorSpec
 
 FLOAT = "float"
 ROUNDING = 1e-5
@@ -77,20 +77,71 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Metadata:
+    """What a server says of a model.
+
+    Attributes:
+        versions: That it serves.
+        inputs: Type and shape by name, for example "FP32[1, 10]".
+        outputs: Likewise.
+    """
+
+    versions: tuple[str, ...]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any]) -> Metadata:
+        """From the protocol's answer as JSON; gRPC writes its integers as texts."""
+
+        def tensors(listed: Any) -> dict[str, str]:
+            return {each["name"]: f"{each['datatype']}{list(map(int, each['shape']))}" for each in listed}
+
+        versions = tuple(map(str, said.get("versions", ())))
+        return cls(versions, tensors(said["inputs"]), tensors(said["outputs"]))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A golden sample to send: its index, its inputs, and what the bundle's runner gave for it."""
+
+    sample: int
+    inputs: Arrays
+    expected: Arrays
+
+
+@dataclass(frozen=True)
 class Answer:
     """What came of one request.
 
     Attributes:
         sample: Index of the golden sample.
         milliseconds: From sending to having the arrays.
-        outputs: By name; empty if there was an error.
-        error: Why there are none.
+        off: By output, the largest absolute difference from the bundle's; empty if there was an error.
+        agreement: Share of rows of the first output with their largest value where the bundle's have it, if it has rows.
+        error: Why there are no arrays.
     """
 
     sample: int
     milliseconds: float
-    outputs: Arrays
+    off: Mapping[str, float] = field(default_factory=dict)
+    agreement: float | None = None
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Requests that were sent, and what came of them.
+
+    Attributes:
+        requests: How many were to be answered.
+        answers: As they came.
+        seconds: From the first request to the last answer.
+    """
+
+    requests: int
+    answers: Sequence[Answer]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -120,12 +171,12 @@ class Verification:
     differences: tuple[str, ...]
     requests: int
     answered: int = 0
-    max_abs_error: Mapping[str, float] = MappingProxyType({})
+    max_abs_error: Mapping[str, float] = field(default_factory=dict)
     wrong_samples: tuple[int, ...] = ()
     agreement: float | None = None
     latency_ms: Mapping[str, float] | None = None
     throughput: float | None = None
-    errors: Mapping[str, int] = MappingProxyType({})
+    errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -173,19 +224,18 @@ def verify(
     entry = targets_named(bundle, [target] if target else [])[0]
     golden = read_golden(bundle)
     if not golden:
-        raise InputError(f"The bundle {path} holds no golden samples.", "Export it with evaluation samples below 16 MB.")
+        raise InputError(
+            f"The bundle {path} holds no golden samples.", "Export it with evaluation samples below 16 MB."
+        )
     server = Server(url, model or f"{path.resolve().name}-{entry.folder}", timeout)
     metadata = _metadata(server)
-    versions = tuple(map(str, metadata.get("versions", ())))
     differences = tuple(_differences(metadata, bundle.manifest))
     count = requests or len(golden)
     if differences:
-        return Verification(url, server.model, versions, entry.folder, differences, count)
-    names = [spec.name for spec in bundle.manifest.outputs]
-    start = time.perf_counter()
-    answers = _replay(server, [sample.inputs for sample in golden], names, count, concurrency)
-    seconds = time.perf_counter() - start
-    return _verification(server, versions, entry, golden, answers, count, seconds)
+        return Verification(url, server.model, metadata.versions, entry.folder, differences, count)
+    cases = [Case(i, sample.inputs, sample.outputs[entry.folder]) for i, sample in enumerate(golden)]
+    replay = _replay(server, cases, count, concurrency)
+    return _verification(server, metadata.versions, entry.folder, _allowed(golden, entry.folder), replay)
 
 
 def _require_sense(url: str, requests: int | None, concurrency: int, timeout: float) -> None:
@@ -201,21 +251,33 @@ def _require_sense(url: str, requests: int | None, concurrency: int, timeout: fl
             raise InputError(f"{name} cannot be {number}.", "Give a number above 0.")
 
 
-def _metadata(server: Server) -> Mapping[str, Any]:
+def _metadata(server: Server) -> Metadata:
     """What the server says of the model.
 
     Raises:
         UnavailableError: It does not answer, or does not know the model.
     """
-    making, calling = server.limits
-    as_json = {"as_json": True} if calling else {}
+    answer: SimpleQueue[Metadata | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        making, calling = server.limits
+        as_json = {"as_json": True} if calling else {}
+        try:
+            with server.protocol.InferenceServerClient(server.address, **making) as client:
+                said = client.get_model_metadata(server.model, **calling, **as_json)
+            answer.put(Metadata.parse(said))
+        except Exception as error:  # noqa: BLE001 - the client raises whatever its transport does
+            answer.put(error)
+
+    Thread(target=ask, daemon=True).start()
     try:
-        client = server.protocol.InferenceServerClient(server.address, **making)
-        with client:
-            found: Mapping[str, Any] = client.get_model_metadata(server.model, **calling, **as_json)
-    except Exception as error:  # the client raises whatever its transport does
-        what = f"The server {server.url} does not serve the model {server.model!r}: {_message(error)}"
-        raise UnavailableError(what, "Start it, or name the model with --model; --timeout gives it more time.") from error
+        found = answer.get(timeout=server.timeout + GRACE)
+    except Empty:
+        found = TimeoutError(f"no answer within {server.timeout:g} s")
+    if isinstance(found, Exception):
+        what = f"The server {server.url} does not serve the model {server.model!r}: {_message(found)}"
+        cure = "Start it, or name the model with --model; --timeout gives it more time."
+        raise UnavailableError(what, cure) from found
     return found
 
 
@@ -224,76 +286,146 @@ def _message(error: Exception) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _differences(metadata: Mapping[str, Any], manifest: Manifest) -> list[str]:
+def _differences(metadata: Metadata, manifest: Manifest) -> Iterator[str]:
     """Where the server's inputs and outputs are not the bundle's, one sentence each."""
-    differences = []
-    for kind, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
-        served = {each["name"]: each for each in metadata.get(f"{kind}s", ())}
-        for spec in specs:
-            dims = [dim if isinstance(dim, int) else -1 for dim in spec.shape] or [1]
-            wanted = (TYPES[spec.dtype].removeprefix("TYPE_"), dims)
-            if spec.name not in served:
-                differences.append(f"The server has no {kind} {spec.name!r}; it has: {', '.join(served) or 'none'}.")
-                continue
-            found = (served[spec.name]["datatype"], [int(dim) for dim in served[spec.name]["shape"]])
-            if found != wanted:
-                differences.append(
-                    f"The {kind} {spec.name!r} is {found[0]}{found[1]} on the server and {wanted[0]}{wanted[1]} in the bundle."
-                )
-        known = {spec.name for spec in specs}
-        differences += [f"The bundle has no {kind} {name!r}, the server has." for name in served if name not in known]
-    return differences
+    both = (("input", manifest.inputs, metadata.inputs), ("output", manifest.outputs, metadata.outputs))
+    for kind, specs, served in both:
+        wanted = {spec.name: _as_served(spec) for spec in specs}
+        for name in (name for name in wanted if name not in served):
+            yield f"The server has no {kind} {name!r}; it has: {', '.join(served) or 'none'}."
+        for name in (name for name in served if name not in wanted):
+            yield f"The server has the {kind} {name!r}, which the bundle has not."
+        for name in (name for name in wanted if served.get(name, wanted[name]) != wanted[name]):
+            yield f"The {kind} {name!r} is {served[name]} on the server and {wanted[name]} in the bundle."
 
 
-def _replay(
-    server: Server, samples: Sequence[Arrays], outputs: Sequence[str], count: int, concurrency: int
-) -> list[Answer]:
+def _as_served(spec: TensorSpec) -> str:
+    """Type and shape of a tensor in the protocol's words; a scalar is served as [1]."""
+    dims = [dim if isinstance(dim, int) else -1 for dim in spec.shape] or [1]
+    return f"{TYPES.get(spec.dtype, spec.dtype).removeprefix('TYPE_')}{dims}"
+
+
+def _replay(server: Server, cases: Sequence[Case], count: int, concurrency: int) -> Replay:
     """Answers to `count` requests, as they come; fewer once the server leaves too many without one."""
-    waiting: SimpleQueue[int] = SimpleQueue()
+    waiting: SimpleQueue[Case] = SimpleQueue()
     answers: SimpleQueue[Answer] = SimpleQueue()
     stopped = Event()
     for i in range(count):
-        waiting.put(i % len(samples))
+        waiting.put(cases[i % len(cases)])
 
     def work() -> None:
         making, calling = server.limits
         with server.protocol.InferenceServerClient(server.address, **making) as client:
             while not stopped.is_set():
                 try:
-                    index = waiting.get_nowait()
+                    case = waiting.get_nowait()
                 except Empty:
                     return
-                answers.put(_answer(client, server, samples, index, outputs, calling))
+                answers.put(_answer(client, server, case, calling))
 
-    for _ in range(min(concurrency, count)):  # a client is not shared: that of HTTP serves one thread
-        Thread(target=work, daemon=True).start()
-    found: list[Answer] = []
-    while len(found) < count and sum(bool(each.error) for each in found) < MOST_FAILURES:
-        try:
-            found.append(answers.get(timeout=server.timeout + GRACE))
-        except Empty:
-            break
+    # A client is not shared: that of HTTP serves one thread.
+    threads = [Thread(target=work, daemon=True) for _ in range(min(concurrency, count))]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    found = list(_until_hopeless(answers, count, server.timeout + GRACE))
+    seconds = time.perf_counter() - start
     stopped.set()
-    return found
+    deadline = time.monotonic() + server.timeout + GRACE
+    for thread in threads:  # a client that is at work when the process ends can crash it
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return Replay(count, found, seconds)
 
 
-def _answer(
-    client: Any, server: Server, samples: Sequence[Arrays], index: int, outputs: Sequence[str], calling: Mapping[str, Any]
-) -> Answer:
+def _until_hopeless(answers: SimpleQueue[Answer], count: int, patience: float) -> Iterator[Answer]:
+    """Up to `count` answers, until too many are failures or none comes for `patience` seconds."""
+    failures = 0
+    for _ in range(count):
+        try:
+            answer = answers.get(timeout=patience)
+        except Empty:
+            return
+        yield answer
+        failures += bool(answer.error)
+        if failures == MOST_FAILURES:
+            return
+
+
+def _answer(client: Any, server: Server, case: Case, calling: Mapping[str, Any]) -> Answer:
     from tritonclient.utils import np_to_triton_dtype
 
     start = time.perf_counter()
     try:
         tensors = []
-        for name, array in samples[index].items():
-            array = np.ascontiguousarray(array)
+        for name, given in case.inputs.items():
+            array = np.ascontiguousarray(given)  # a scalar becomes [1], as Triton has it
             tensor = server.protocol.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
         result = client.infer(server.model, tensors, **calling)
-        given = {name: result.as_numpy(name) for name in outputs}
-        missing = [name for name, array in given.items() if array is None]
-        error = f"The answer lacks {', '.join(missing)}." if missing else ""
-    except Exception as failure:  # the client raises whatever its transport does
-        given, error = {}, _message(failure)
-    return Answer(index, (time.perf_counter() - start) * 1000, {} if error else given, error)
+        outputs = {name: result.as_numpy(name) for name in case.expected}
+    except Exception as error:  # noqa: BLE001 - the client raises whatever its transport does
+        return Answer(case.sample, 0.0, error=_message(error))
+    milliseconds = (time.perf_counter() - start) * 1000
+    odd = [name for name, wanted in case.expected.items() if getattr(outputs[name], "dtype", None) != wanted.dtype]
+    if odd:
+        return Answer(
+            case.sample, milliseconds, error=f"The answer lacks {', '.join(odd)}, or has another type for it."
+        )
+    off = {name: _distance(outputs[name], wanted) for name, wanted in case.expected.items()}
+    first = next(iter(case.expected))
+    return Answer(case.sample, milliseconds, off, _agreement(outputs[first], case.expected[first]))
+
+
+def _verification(
+    server: Server, versions: tuple[str, ...], target: str, allowed: Mapping[str, float], replay: Replay
+) -> Verification:
+    """What the answers say of the server."""
+    answered = [each for each in replay.answers if not each.error]
+    wrong = {each.sample for each in answered for name, most in allowed.items() if not each.off[name] <= most}
+    times = np.percentile([each.milliseconds for each in answered], (50, 90, 99)).tolist() if answered else None
+    agreements = [each.agreement for each in answered if each.agreement is not None]
+    return Verification(
+        server.url,
+        server.model,
+        versions,
+        target,
+        (),
+        replay.requests,
+        len(answered),
+        max_abs_error={name: max(each.off[name] for each in answered) for name in allowed} if answered else {},
+        wrong_samples=tuple(sorted(wrong)),
+        agreement=float(np.mean(agreements)) if agreements else None,
+        latency_ms=dict(zip(("p50", "p90", "p99"), times, strict=True)) if times else None,
+        throughput=len(answered) / replay.seconds if answered else None,
+        errors=Counter(each.error for each in replay.answers if each.error),
+    )
+
+
+def _allowed(golden: Sequence[GoldenSample], target: str) -> dict[str, float]:
+    """How far an answer may be off, by output: as far as the golden outputs are from FP32, or float32's rounding."""
+    allowed = {}
+    for name in golden[0].outputs[target]:
+        pairs = [(sample.outputs[target][name], sample.outputs[FLOAT][name]) for sample in golden]
+        moved = [_distance(*pair) for pair in pairs]
+        largest = max(float(np.max(np.abs(np.asarray(ours, np.float64)), initial=0.0)) for ours, _ in pairs)
+        allowed[name] = max(*moved, ROUNDING * largest)
+    return allowed
+
+
+def _distance(found: Any, expected: Any) -> float:
+    """The largest absolute difference; infinite if one alone is not a number, or the shapes differ."""
+    if found.size != expected.size:
+        return float("inf")
+    found, expected = (np.asarray(array, np.float64).ravel() for array in (found, expected))
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):  # two equal infinities
+        distances = np.where(same, 0.0, np.abs(found - expected))
+    return float(np.max(np.where(np.isnan(distances), np.inf, distances), initial=0.0))
+
+
+def _agreement(found: Any, expected: Any) -> float | None:
+    """Share of rows, along the last axis, whose largest value stands at the same place; None where there is no choice."""
+    if expected.ndim < 2 or expected.shape[-1] < 2 or found.shape != expected.shape:
+        return None
+    return float(np.mean(np.argmax(found, -1) == np.argmax(expected, -1)))

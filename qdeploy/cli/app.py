@@ -19,8 +19,9 @@ from qdeploy.cli.package import package
 from qdeploy.cli.parity import parity
 from qdeploy.cli.quantize import quantize
 from qdeploy.cli.report import report
+from qdeploy.cli.verify import verify
 
-COMMANDS = (export, quantize, calibrate, analyze, inspect, parity, bench, report, package, backends)
+COMMANDS = (export, quantize, calibrate, analyze, inspect, parity, bench, report, package, verify, backends)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -37,8 +37,8 @@ def bias_correction(plan: QuantPlan, statistics: Statistics) -> QuantPlan:
         tensor = statistics.tensors.get(questions.name_of(node.inputs[0]))
         if name not in plan.weights or tensor is None or tensor.channel_axis != questions.input_channel_axis(node):
             continue
-        rounded = fake_quantize(plan.replaced.get(name, weight), plan.weights[name])
-        shift = output_shift(node, rounded - weight, tensor)
+        exact = plan.replaced.get(name, weight)
+        shift = output_shift(node, fake_quantize(exact, plan.weights[name]) - exact, tensor)
         biases[str(node.name)] = (present_bias(plan, node, shift.size) - shift).astype(np.float32)
     return replace(plan, biases=biases, steps=(*plan.steps, NAME))
 

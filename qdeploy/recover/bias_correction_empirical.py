@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy import graph as questions
+from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import has_place_for_bias, present_bias
 from qdeploy.recover.layer_data import Tap, constant_weight, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
@@ -33,9 +34,9 @@ NAME = "bias-correction-empirical"
 def bias_correction_empirical(recovery: Recovery) -> Recovery:
     """The recovery with the biases that give each weighted node the float network's channel means on the samples.
 
-    It starts from the biases that there are, and comes after the weights are final; not after AdaRound, which shifts
-    biases itself, by what the activation lets through. It costs a pass over the samples in float and one for each
-    weighted node through the quantized network up to that node, half of it on average; nothing at run time.
+    It comes after the weights are final. Layers that AdaRound has rounded keep the biases that it gave them: those
+    restore what the activation lets through, and not the mean before it. It costs a pass over the samples in float and
+    one for each node through the quantized network up to that node, half of it on average; nothing at run time.
 
     Raises:
         InputError: The samples are not at hand.
@@ -43,7 +44,7 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
     samples, folder = recovery.require_samples(NAME), recovery.require_means(NAME).folder
     plan = recovery.plan
     graph = questions.load_graph(plan.model.path)
-    nodes = [node for node in weighted_nodes(plan, graph) if has_place_for_bias(node, constant_weight(node))]
+    nodes = [node for node in weighted_nodes(plan, graph) if _is_open(plan, node)]
     with TemporaryDirectory(dir=folder) as name:
         path = Path(name) / "model.onnx"
         axes = {questions.name_of(_with_bias(node).outputs[0]): questions.output_channel_axis(node) for node in nodes}
@@ -56,6 +57,11 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
             bias = present_bias(plan, node, found.size) + wanted[tensor] - found
             plan = replace(plan, biases={**plan.biases, str(node.name): bias.astype(np.float32)})
     return replace(recovery, plan=replace(plan, steps=(*plan.steps, NAME)))
+
+
+def _is_open(plan: QuantPlan, node: ir.Node) -> bool:
+    rounded = questions.name_of(node.inputs[1]) in plan.replaced
+    return not rounded and has_place_for_bias(node, constant_weight(node))
 
 
 def _with_bias(node: ir.Node) -> ir.Node:

@@ -1,15 +1,14 @@
 """What the steps share that look at one layer after another: the network so far, and what flows through it.
 
-A layer deep in the network sees what the rounding before it has left of its input. To know it exactly, the samples
-must be run once for each layer. Where that is too much, layers are taken in blocks, with one pass for each: a layer
-sees the blocks before its own as they will be, and its own block with exact weights.
+A layer deep in the network sees what the rounding before it has left of its input, so the samples are run once for each
+layer. Looking at several layers in one pass is no way out: each takes back what the layers before have lost, and all of
+them together would take it back several times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,6 @@ from qdeploy.session import GraphLevel, open_session
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PASSES = 12
-"""Most passes over the samples that a step makes: with no more layers than this, each is a block of its own."""
-
 
 def weighted_nodes(plan: QuantPlan, graph: ir.Model) -> list[ir.Node]:
     """The nodes whose constant weight the plan rounds, in graph order."""
@@ -43,13 +39,6 @@ def weighted_nodes(plan: QuantPlan, graph: ir.Model) -> list[ir.Node]:
     ]
 
 
-def blocks(nodes: Sequence[ir.Node]) -> list[tuple[int, Sequence[ir.Node]]]:
-    """The nodes in order, cut into at most `PASSES` blocks of nearly equal length, each with where it begins."""
-    count = min(PASSES, len(nodes))
-    edges = [len(nodes) * i // max(count, 1) for i in range(count + 1)]
-    return [(start, nodes[start:end]) for start, end in pairwise(edges)]
-
-
 def constant_weight(node: ir.Node) -> NDArray[np.float32]:
     """The weight of a weighted node, in its stored layout."""
     weight = questions.weight_of(node)
@@ -57,27 +46,20 @@ def constant_weight(node: ir.Node) -> NDArray[np.float32]:
     return weight
 
 
-def simulate(plan: QuantPlan, exact: Iterable[ir.Node] = ()) -> ir.Model:
+def simulate(plan: QuantPlan) -> ir.Model:
     """The float graph with every quantized tensor on its grid: the numbers of the quantized model, in float operators.
 
     x ─► Conv(W) ─► y        becomes        x ─► Q ─► DQ ─► Conv(Ŵ) ─► y' ─► Q ─► DQ ─► y
 
     ONNX Runtime must not optimize it: between pairs it rounds float weights by itself, with one scale a tensor.
-
-    Args:
-        plan: What is quantized, and how.
-        exact: Weighted nodes that keep the float graph's weights and biases.
     """
     graph = questions.load_graph(plan.model.path)
-    constants = graph.graph.initializers
-    kept = {str(node.name): questions.name_of(node.inputs[1]) for node in exact}
-    replaced = {name: array for name, array in plan.replaced.items() if name not in kept.values()}
-    for name in plan.weights.keys() - kept.values():
-        weight = replaced.get(name, questions.constant(constants[name]))
+    replaced = dict(plan.replaced)
+    for name, affine in plan.weights.items():
+        weight = replaced.get(name, questions.constant(graph.graph.initializers[name]))
         assert weight is not None
-        replaced[name] = fake_quantize(weight, plan.weights[name])
-    biases = {node: bias for node, bias in plan.biases.items() if node not in kept}
-    replace_constants(graph, replace(plan, replaced=replaced, biases=biases))
+        replaced[name] = fake_quantize(weight, affine)
+    replace_constants(graph, replace(plan, replaced=replaced))
     values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
     for name, affine in plan.activations.items():
         _put_on_grid(graph, values[name], affine)

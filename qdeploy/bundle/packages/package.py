@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from qdeploy.bundle.manifest import BundledTarget
 
 
+def targets_named(bundle: Bundle, names: Sequence[str]) -> list[BundledTarget]:
+    """The targets of a bundle with these folders or of these backends; without any name, all.
+
+    Raises:
+        InputError: The bundle has no such target.
+    """
+    targets = bundle.manifest.targets
+    for name in names:
+        if not any(name in (each.folder, each.target) for each in targets):
+            known = [each.folder for each in targets]
+            raise InputError(f"The bundle {bundle.path} has no target {name!r}.", suggestion(name, known))
+    return [each for each in targets if not names or {each.folder, each.target} & set(names)]
+
+
 def chosen(bundle: Bundle, names: Sequence[str], takes: Sequence[str], what: str) -> list[BundledTarget]:
     """The targets of a bundle that go into a package.
 
@@ -30,12 +44,7 @@ def chosen(bundle: Bundle, names: Sequence[str], takes: Sequence[str], what: str
     Raises:
         InputError: The bundle has no such target, or the place cannot run it.
     """
-    targets = bundle.manifest.targets
-    for name in names:
-        if not any(name in (each.folder, each.target) for each in targets):
-            known = [each.folder for each in targets]
-            raise InputError(f"The bundle {bundle.path} has no target {name!r}.", suggestion(name, known))
-    asked = [each for each in targets if not names or {each.folder, each.target} & set(names)]
+    asked = targets_named(bundle, names)
     fitting = [each for each in asked if each.target in takes]
     if not fitting or (names and len(fitting) < len(asked)):
         wrong = ", ".join(each.folder for each in asked if each.target not in takes)

@@ -77,7 +77,7 @@ def package_triton(path: Path, output: Path, *, targets: Sequence[str] = (), for
         InputError: The bundle is damaged, has no such target, or the output may not be written.
         UnavailableError: tritonclient, which has Triton's ModelConfig message, is not installed.
     """
-    _require_client()
+    require_client()
     bundle = open_bundle(path)
     entries = chosen(bundle, targets, tuple(SERVINGS), "Triton")
     golden = read_golden(bundle)
@@ -90,10 +90,16 @@ def package_triton(path: Path, output: Path, *, targets: Sequence[str] = (), for
     return tuple(names)
 
 
-def _require_client() -> None:
+def require_client() -> None:
+    """Refuse, before any work, to go on without Triton's client.
+
+    Raises:
+        UnavailableError: It is not installed.
+    """
     try:
-        import tritonclient.grpc  # noqa: F401  # its presence is asked for before any work begins
-    except ModuleNotFoundError as error:
+        import tritonclient.grpc
+        import tritonclient.http  # noqa: F401  # their presence is asked for before any work begins
+    except (ModuleNotFoundError, RuntimeError) as error:  # the second where it is there without HTTP or gRPC
         cure = "Install it: pip install 'qdeploy[serving]'"
         raise UnavailableError("tritonclient is not installed.", cure) from error
 

@@ -726,3 +726,31 @@ def test_weights_with_another_scale_are_found(sound):
 
     with pytest.raises(InternalError, match="'v' has another scale or zero point than planned"):
         check_quantized(graph, other)
+
+
+def test_what_only_the_body_of_an_if_reads_is_left_float(build, node, normal_form, planned, quantized, pairs, run_onnx):
+    from onnx import TensorProto, helper
+
+    def body(name, operation):
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph([node(operation, "g", name)], name, [], [out])
+
+    either = {"then_branch": body("t", "Tanh"), "else_branch": body("e", "Neg")}
+    nodes = [
+        node("Gemm", "x w", "g", name="first"),
+        helper.make_node("If", ["flag"], ["h"], name="if", **either),
+        node("Gemm", "h v", "y", name="second"),
+    ]
+    inputs = {"x": [1, 4], "flag": ([], TensorProto.BOOL)}
+    model = normal_form(build(nodes, inputs, {"y": [1, 3]}, {"w": floats(4, 4), "v": floats(4, 3)}))
+    samples = [Sample({"x": floats(1, 4), "flag": np.array(i % 2 == 0)}) for i in range(8)]
+
+    plan = planned(model, samples)
+    result = quantized(plan)
+
+    assert "g" not in plan.activations
+    assert pairs(result.path) == planned_pairs(plan)
+    assert result.quantized_nodes == {"first", "second"}
+    for sample in samples[:2]:
+        expected, found = (run_onnx(path, sample.inputs)["y"] for path in (model.path, result.path))
+        np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())

@@ -7,7 +7,7 @@ import pytest
 
 from qdeploy.errors import InputError
 from qdeploy.graph import load_graph, save_graph
-from qdeploy.recover.layer_data import PASSES, Tap, blocks, simulate, weighted_nodes
+from qdeploy.recover.layer_data import Tap, simulate, weighted_nodes
 from qdeploy.samples.source import Sample
 
 RANDOM = np.random.default_rng(5)
@@ -65,36 +65,10 @@ def test_a_simulation_gives_the_numbers_of_the_quantized_model(
             assert np.abs(got[name] - array).max() <= 1.01 * step
 
 
-def test_exact_layers_keep_their_weights_and_the_biases_of_the_float_graph(model, planned, saved, run_onnx):
-    plan = planned(model)
-    everything = weighted_nodes(plan, load_graph(model.path))
-    bare = replace(plan, activations={}, biases={"c1": floats(4)})
-    x = {"x": floats(1, 3, 6, 6)}
-
-    exact = run_onnx(saved(simulate(bare, everything)), x)
-    rounded = run_onnx(saved(simulate(bare, everything[1:])), x)
-
-    for name, array in run_onnx(model.path, x).items():
-        np.testing.assert_array_equal(exact[name], array)
-        assert not np.array_equal(rounded[name], array)
-
-
 def test_weighted_nodes_are_those_that_the_plan_rounds(model, planned):
     plan = planned(model, keep=["y2"])
 
     assert [node.name for node in weighted_nodes(plan, load_graph(model.path))] == ["c1", "out"]
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, PASSES, PASSES + 1, 50, 12 * PASSES])
-def test_blocks_hold_every_node_once_and_in_order(count):
-    nodes = [f"node{i}" for i in range(count)]
-
-    found = blocks(nodes)
-
-    assert [node for _, block in found for node in block] == nodes
-    assert all(nodes[start : start + len(block)] == block for start, block in found)
-    assert len(found) == min(count, PASSES)
-    assert max((len(block) for _, block in found), default=0) - min((len(block) for _, block in found), default=0) <= 1
 
 
 def test_a_tap_gives_tensors_from_inside(model, folder, run_onnx, build, node):
