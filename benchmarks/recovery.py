@@ -53,9 +53,9 @@ def settings() -> dict[str, Setting]:
 
 
 def _after(first: str) -> list[Steps]:
-    """Every way to round and to correct biases, alone and after another step."""
-    each: list[Steps] = [(), ("bias-correction",), ("bias-correction-empirical",), ("adaround",)]
-    return [*each, *((first, *steps) for steps in each)]
+    """The ways to round and to correct biases, alone and after another step."""
+    alone: list[Steps] = [(), ("bias-correction",), ("bias-correction-empirical",), ("adaround",)]
+    return [*alone, (first,), (first, "bias-correction"), (first, "adaround")]
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ class Answer:
         sample: Index of the golden sample.
         milliseconds: From sending to having the arrays.
         off: By output, the largest absolute difference from the bundle's; empty if there was an error.
-        agreement: Share of rows of the first output with their largest value where the bundle's have it, if it has rows.
+        agreement: Share of rows of the first output whose largest value stands where the bundle's does, if it has rows.
         error: Why there are no arrays.
     """
 
@@ -328,13 +328,14 @@ def _replay(server: Server, cases: Sequence[Case], count: int, concurrency: int)
     start = time.perf_counter()
     for thread in threads:
         thread.start()
-    found = list(_until_hopeless(answers, count, server.timeout + GRACE))
-    seconds = time.perf_counter() - start
-    stopped.set()
-    deadline = time.monotonic() + server.timeout + GRACE
-    for thread in threads:  # a client that is at work when the process ends can crash it
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return Replay(count, found, seconds)
+    try:
+        found = list(_until_hopeless(answers, count, server.timeout + GRACE))
+        return Replay(count, found, time.perf_counter() - start)
+    finally:
+        stopped.set()
+        deadline = time.monotonic() + server.timeout + GRACE
+        for thread in threads:  # a client that is at work when the process ends can crash it
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _until_hopeless(answers: SimpleQueue[Answer], count: int, patience: float) -> Iterator[Answer]:
@@ -408,8 +409,9 @@ def _allowed(golden: Sequence[GoldenSample], target: str) -> dict[str, float]:
     for name in golden[0].outputs[target]:
         pairs = [(sample.outputs[target][name], sample.outputs[FLOAT][name]) for sample in golden]
         moved = [_distance(*pair) for pair in pairs]
-        largest = max(float(np.max(np.abs(np.asarray(ours, np.float64)), initial=0.0)) for ours, _ in pairs)
-        allowed[name] = max(*moved, ROUNDING * largest)
+        rounding = [ROUNDING * _distance(ours, np.zeros_like(ours)) for ours, _ in pairs]
+        # A sample with values that are not finite says nothing of how far the others may be off.
+        allowed[name] = max((each for each in (*moved, *rounding) if np.isfinite(each)), default=0.0)
     return allowed
 
 
@@ -425,7 +427,7 @@ def _distance(found: Any, expected: Any) -> float:
 
 
 def _agreement(found: Any, expected: Any) -> float | None:
-    """Share of rows, along the last axis, whose largest value stands at the same place; None where there is no choice."""
+    """Share of rows, along the last axis, with their largest value at the same place; None where there is no choice."""
     if expected.ndim < 2 or expected.shape[-1] < 2 or found.shape != expected.shape:
         return None
     return float(np.mean(np.argmax(found, -1) == np.argmax(expected, -1)))

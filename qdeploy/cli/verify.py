@@ -70,8 +70,7 @@ def _lines(found: Verification) -> Iterator[str]:
         return
     yield f"answered    {found.answered} of {found.requests} requests; versions served: {', '.join(found.versions)}"
     if found.answered:
-        wrong = ", ".join(map(str, found.wrong_samples)) or "none"
-        yield f"wrong       golden samples {wrong}"
+        yield f"wrong       {_indices(found.wrong_samples)}"
     for name, error in found.max_abs_error.items():
         yield f"off by      {error:.6g} at most in {name}"
     if found.agreement is not None:
@@ -81,3 +80,14 @@ def _lines(found: Verification) -> Iterator[str]:
         yield f"latency     {times}; {found.throughput:.1f} answers a second"
     for message, count in found.errors.items():
         yield f"no answer   {count} times: {message}"
+
+
+SHOWN = 10
+"""How many golden samples are named one by one."""
+
+
+def _indices(samples: tuple[int, ...]) -> str:
+    if not samples:
+        return "none"
+    more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
+    return f"golden samples {', '.join(map(str, samples[:SHOWN]))}{more}"

@@ -54,8 +54,12 @@ def run(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
     results = []
     for i in range(min(len(inputs[name]) for name in wanted)):
         index = slice(i, i + 1) if batched else i
-        results.append(session.run(names, {name: np.asarray(inputs[name][index]) for name in wanted}))
-    join = np.concatenate if batched else np.stack
+        sample = {name: np.asarray(inputs[name][index]) for name in wanted}
+        try:
+            results.append(session.run(names, sample))
+        except Exception as error:  # onnxruntime has a class for each of its status codes
+            sys.exit(f"Sample {i} does not fit the model: {error}")
+    join = np.concatenate if batched and all(array.ndim for array in results[0]) else np.stack
     return {name: join(arrays) for name, arrays in zip(names, zip(*results, strict=True), strict=True)}
 
 

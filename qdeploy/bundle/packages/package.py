@@ -22,9 +22,11 @@ def targets_named(bundle: Bundle, names: Sequence[str]) -> list[BundledTarget]:
     """The targets of a bundle with these folders or of these backends; without any name, all.
 
     Raises:
-        InputError: The bundle has no such target.
+        InputError: The bundle has no such target, or none at all.
     """
     targets = bundle.manifest.targets
+    if not targets:
+        raise InputError(f"The bundle {bundle.path} has no targets.", "Export for one that this machine can build.")
     for name in names:
         if not any(name in (each.folder, each.target) for each in targets):
             known = [each.folder for each in targets]

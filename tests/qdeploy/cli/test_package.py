@@ -100,6 +100,10 @@ def test_what_the_script_cannot_run_is_told_in_a_sentence(package, device, tmp_p
 
     assert wrong.returncode == 1
     assert wrong.stderr == "There is no array for the inputs image; found: picture.\n"
+    np.savez(tmp_path / "small.npz", image=np.zeros((2, 1, 4, 4), np.float32))
+    small = device(package, tmp_path / "small.npz")
+    assert small.returncode == 1
+    assert small.stderr.startswith("Sample 0 does not fit the model: ")
     photo = device(package, "photo.jpg")
     assert photo.stderr == "photo.jpg is no .npz, and this model comes without image preprocessing.\n"
 

@@ -50,7 +50,7 @@ def test_the_verdict_comes_first(bundle, model, qdeploy):
     lines = ended.out.splitlines()
     assert lines[0] == f"{NAME} on {url} answers as ort-cpu of the bundle does."
     assert lines[1] == "answered    64 of 64 requests; versions served: 1"
-    assert lines[2] == "wrong       golden samples none"
+    assert lines[2] == "wrong       none"
     assert lines[3] == "off by      0 at most in logits"
 
 
@@ -221,6 +221,15 @@ def test_an_answer_of_another_type_or_length_is_no_good_answer(bundle, model, qd
     assert "no answer   2 times: The answer lacks logits, or has another type for it." in typed.out
     assert short.code == 1
     assert "off by      inf at most in logits" in short.out
+    assert "wrong       golden samples 0, 1\n" in short.out
+
+
+def test_of_many_wrong_samples_ten_are_named(bundle, model, qdeploy):
+    with http_server(model, NAME, trouble=lambda _, outputs: [outputs[0] + np.float32(100)]) as url:
+        ended = qdeploy("verify", bundle, "--url", url)
+
+    assert ended.code == 1
+    assert "wrong       golden samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 54 more\n" in ended.out
 
 
 def test_the_program_ends_well_while_requests_are_under_way(bundle, model, program):

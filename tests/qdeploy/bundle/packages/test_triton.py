@@ -104,3 +104,11 @@ def test_what_triton_does_not_run_is_refused(sealed, tmp_path):
     with pytest.raises(InputError, match="lies in the bundle"):
         package_triton(sealed, sealed / "repository")
     assert not (tmp_path / "repository").exists()
+
+
+def test_a_bundle_without_targets_is_refused(tmp_path, manifest):
+    (tmp_path / "net").mkdir()
+    seal(tmp_path / "net", manifest.model_copy(update={"targets": ()}))
+
+    with pytest.raises(InputError, match="has no targets"):
+        package_triton(tmp_path / "net", tmp_path / "repository")
