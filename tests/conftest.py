@@ -1,6 +1,7 @@
 """Fixtures that tests of several rooms share."""
 
 import os
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 from qdeploy.statistics import TensorStatistics
 
 pytest.register_assert_rewrite("tests.contracts")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell lets what it runs in the background ignore interrupts, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
