@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Generic, TypeVar
 
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, UnavailableError
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.recovery import Recovery
 from qdeploy.recover.steps import RecoveryStep
@@ -105,7 +105,7 @@ def climb(
     Args:
         start: Before any step.
         steps: From the cheapest to the dearest.
-        take: What a step makes of what was best so far; an InputError says why it cannot be taken.
+        take: What a step makes of what was best so far; an InputError or an UnavailableError says why it cannot be taken.
         measure: Scores a rung.
         budget: The largest drop that will do.
     """
@@ -118,7 +118,7 @@ def climb(
         began = time.monotonic()
         try:
             candidate = take(best, step)
-        except InputError as error:
+        except (InputError, UnavailableError) as error:
             attempts.append(Attempt(step, None, kept=False, seconds=time.monotonic() - began, reason=str(error)))
             continue
         found = measure(candidate)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, UnavailableError
 from qdeploy.ladder import APPLIED, CHEAPEST_FIRST, Score, climb, search
 from qdeploy.recover.steps import STEPS
 
@@ -28,6 +28,8 @@ def climbed(steps, budget, scores=SCORES):
     def take(rung, step):
         if step == "x":
             raise InputError("It needs samples.", "Give some.")
+        if step == "z":
+            raise UnavailableError("It needs torch.", "Install it.")
         return rung + step
 
     return climb("", steps, take, measure, budget), measured
@@ -55,10 +57,11 @@ def test_stops_within_the_budget_and_takes_back_what_did_not_help(budget, best, 
 
 
 def test_a_step_that_cannot_be_taken_is_recorded_with_its_reason():
-    found, measured = climbed("xa", 0.05)
+    found, measured = climbed("xza", 0.05)
 
     assert measured == ["", "a"]
-    refused = found.attempts[1]
+    refused, missing = found.attempts[1:3]
+    assert (missing.step, missing.kept, missing.reason) == ("z", False, "It needs torch. Install it.")
     assert (refused.step, refused.score, refused.kept, refused.reason) == (
         "x",
         None,
