@@ -105,7 +105,7 @@ def climb(
     Args:
         start: Before any step.
         steps: From the cheapest to the dearest.
-        take: What a step makes of what was best so far; an InputError or an UnavailableError says why it cannot be taken.
+        take: What a step makes of what was best so far; an InputError or UnavailableError says why it cannot.
         measure: Scores a rung.
         budget: The largest drop that will do.
     """
