@@ -148,7 +148,12 @@ Metric = Annotated[
     ),
 ]
 MaxDrop = Annotated[
-    float | None, typer.Option("--max-drop", metavar="X", help="The allowed drop of the metric: 0.01 is one point. Without --recover, steps are searched that keep it.")
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="X",
+        help="The allowed drop of the metric: 0.01 is one point. Without --recover, steps are searched that keep it.",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", metavar="", help="Replace the output if it exists.")]
 Json = Annotated[
