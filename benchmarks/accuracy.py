@@ -10,13 +10,13 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from common import SOURCE, images, prepared_model, print_environment, print_table
+from common import SOURCE, accuracy_cells, images, percent, prepared_model, print_environment, print_table
 
 from qdeploy.backend import Runner
 from qdeploy.collect import collect
 from qdeploy.model import FloatModel
 from qdeploy.outcome import Job
-from qdeploy.parity.compare import Comparison, compare
+from qdeploy.parity.compare import compare
 from qdeploy.parity.harness import FLOAT
 from qdeploy.parity.metrics import metric_from_name
 from qdeploy.pipeline import Making, build, calibration_reader, look_up
@@ -49,8 +49,8 @@ def main() -> None:
         compared = compare(runners, pairs, evaluation, metric_from_name("top1"))
     first = next(iter(compared.values()))
     titles = ("Weights", "Reader", "Recovery", "top-1", "Drop, points", "95 % interval", "Agreement", "SQNR")
-    print(f"FP32: {_percent(first.reference_metric)} on {first.samples} images; {statistics.samples} to calibrate.\n")
-    print_table(titles, ((each, *_cells(comparison)) for (_, each), comparison in compared.items()))
+    print(f"FP32: {percent(first.reference_metric)} on {first.samples} images; {statistics.samples} to calibrate.\n")
+    print_table(titles, ((each, *accuracy_cells(comparison)) for (_, each), comparison in compared.items()))
 
 
 def _built(
@@ -65,23 +65,6 @@ def _built(
     scratch.mkdir(parents=True)
     bundle.mkdir()
     return build(Making(job, model, statistics, calibration_reader(reader), scratch), bundle).subject().runner
-
-
-def _cells(comparison: Comparison) -> tuple[str, ...]:
-    assert comparison.drop is not None
-    assert comparison.drop_interval is not None
-    low, high = comparison.drop_interval
-    return (
-        _percent(comparison.metric),
-        f"{100 * comparison.drop:z.1f}",
-        f"{100 * low:z.1f} to {100 * high:z.1f}",
-        _percent(comparison.agreement),
-        f"{comparison.sqnr_db:.1f} dB",
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from qdeploy.backend import Arrays
 from qdeploy.export import export, load
 from qdeploy.model import FloatModel, ModelSource
+from qdeploy.parity.compare import Comparison
 from qdeploy.prepare import prepare
 from qdeploy.report.environment import environment
 from qdeploy.samples.open import open_samples
@@ -115,3 +116,22 @@ def print_table(titles: Sequence[str], rows: Any) -> None:
     for row in rows:
         print("|", " | ".join(row), "|")
     print(flush=True)
+
+
+def accuracy_cells(comparison: Comparison) -> tuple[str, ...]:
+    """Metric, drop in points, its interval, agreement and SQNR."""
+    assert comparison.drop is not None
+    assert comparison.drop_interval is not None
+    low, high = comparison.drop_interval
+    return (
+        percent(comparison.metric),
+        f"{100 * comparison.drop:z.1f}",
+        f"{100 * low:z.1f} to {100 * high:z.1f}",
+        percent(comparison.agreement),
+        f"{comparison.sqnr_db:.1f} dB",
+    )
+
+
+def percent(share: float | None) -> str:
+    """A share, or a dash for one that was not measured."""
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import images, prepared_model, print_environment, print_table
+from common import accuracy_cells, images, percent, prepared_model, print_environment, print_table
 
 import qdeploy
 from qdeploy.backend import Runner
@@ -19,7 +19,7 @@ from qdeploy.calibration_readers.mse import Mse
 from qdeploy.collect import collect
 from qdeploy.graph import save_graph
 from qdeploy.model import FloatModel
-from qdeploy.parity.compare import Comparison, compare
+from qdeploy.parity.compare import compare
 from qdeploy.parity.harness import FLOAT
 from qdeploy.parity.metrics import metric_from_name
 from qdeploy.plan import QuantPlan, plan
@@ -98,9 +98,9 @@ def _measure(
         compared = compare(runners, pairs, evaluation, metric_from_name("top1"))
     first = next(iter(compared.values()))
     titles = ("Recovery", "top-1", "Drop, points", "95 % interval", "Agreement", "SQNR", "Taking the steps")
-    print(f"FP32: {_percent(first.reference_metric)} on {first.samples} images; {statistics.samples} to calibrate.\n")
+    print(f"FP32: {percent(first.reference_metric)} on {first.samples} images; {statistics.samples} to calibrate.\n")
     seconds = {" + ".join(steps) or "none": time for steps, (_, time) in taken.items()}
-    rows = ((each, *_cells(comparison), f"{seconds[each]:.0f} s") for (_, each), comparison in compared.items())
+    rows = ((each, *accuracy_cells(comparison), f"{seconds[each]:.0f} s") for (_, each), comparison in compared.items())
     print_table(titles, rows)
 
 
@@ -129,23 +129,6 @@ def _with_four_bits(contract: QuantContract) -> QuantContract:
 
     rules = (replace(r, inputs={i: narrowed(s) for i, s in r.inputs.items()}) for r in contract.rules)
     return replace(contract, precision="W4A8", rules=tuple(rules))
-
-
-def _cells(comparison: Comparison) -> tuple[str, ...]:
-    assert comparison.drop is not None
-    assert comparison.drop_interval is not None
-    low, high = comparison.drop_interval
-    return (
-        _percent(comparison.metric),
-        f"{100 * comparison.drop:z.1f}",
-        f"{100 * low:z.1f} to {100 * high:z.1f}",
-        _percent(comparison.agreement),
-        f"{comparison.sqnr_db:.1f} dB",
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 if __name__ == "__main__":

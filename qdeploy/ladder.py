@@ -131,8 +131,8 @@ def climb(
 
 def search(
     start: Recovery, steps: Mapping[str, RecoveryStep], measure: Callable[[QuantPlan], Score], budget: float
-) -> Climb[tuple[str, ...]]:
-    """The recovery steps that bring a plan within a budget; the best are the names to take, in order.
+) -> Climb[Recovery]:
+    """The recovery steps that bring a plan within a budget, taken.
 
     A step that is tried joins those that helped so far, and all are applied anew in their own order, so that a bias is
     corrected for the rounding that the weights have in the end.
@@ -148,4 +148,5 @@ def search(
         return joined
 
     tried = [name for name in CHEAPEST_FIRST if name in steps]
-    return climb((), tried, take, lambda names: measure(applied(names).plan), budget)
+    found = climb((), tried, take, lambda names: measure(applied(names).plan), budget)
+    return Climb(applied(found.best), found.attempts, found.within_budget)

@@ -299,7 +299,7 @@ def _recovered(making: Making) -> tuple[QuantPlan, tuple[Attempt, ...]]:
         return recover(drafted, making.statistics, making.job.steps, means), ()
     start = Recovery(drafted, making.statistics, means)
     found = search(start, STEPS, partial(_score, making, making.search), making.search.max_drop)
-    return recover(drafted, making.statistics, found.best, means), found.attempts
+    return found.best.plan, found.attempts
 
 
 def _score(making: Making, searching: Search, candidate: QuantPlan) -> Score:

@@ -102,7 +102,7 @@ def test_steps_that_helped_are_applied_in_their_own_order_and_none_twice():
 
     found = search(Plan(()), table, scores.__getitem__, 0.002)
 
-    assert found.best == ("adaround", "bias-correction", "keep-edges")
+    assert found.best.plan == ("adaround", "bias-correction", "keep-edges")
     assert [attempt.step for attempt in found.attempts] == ["", "bias-correction", "adaround", "keep-edges"]
     assert len(applied) == len(set(applied)) == 4  # the bias is corrected anew for the weights that adaround rounds
 
