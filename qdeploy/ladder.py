@@ -147,6 +147,7 @@ def search(
         applied(joined)
         return joined
 
+    none: tuple[str, ...] = ()
     tried = [name for name in CHEAPEST_FIRST if name in steps]
-    found = climb((), tried, take, lambda names: measure(applied(names).plan), budget)
+    found = climb(none, tried, take, lambda names: measure(applied(names).plan), budget)
     return Climb(applied(found.best), found.attempts, found.within_budget)
