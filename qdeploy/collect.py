@@ -1,7 +1,7 @@
 """FloatModel × samples → Statistics: one pass, in bounded memory, whatever the number of samples.
 
-Samples run side by side, each on one thread of one shared session, and are counted by the worker that ran them:
-no thread waits for another within a sample, and since tallies merge exactly, their order does not matter.
+Samples run side by side, each on one thread of one shared session, and are counted into the same tallies by the
+worker that ran them: counts and fixed-point sums are exact, so the order does not matter.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import reduce
 from queue import SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,31 +57,28 @@ def collect(
     present = {spec.name for spec in (*model.inputs, *model.outputs)}
     session = open_session(model.path, threads=1, observed=[name for name in axes if name not in present])
     idle: SimpleQueue[_Worker] = SimpleQueue()
-    pool_of_workers = [_Worker(session, axes) for _ in range(workers)]
-    for worker in pool_of_workers:
-        idle.put(worker)
+    tallies = _Tallies(axes)
+    for _ in range(workers):
+        idle.put(_Worker(session, tallies))
     passes = list(_run(samples, idle, workers, on_sample))
     if not passes:
         raise InputError("There are no calibration samples.", "Give a source that yields at least one.")
-    tensors = _merged([worker.statistics() for worker in pool_of_workers])
+    tensors = tallies.statistics()
     digests = [digest for digest, _, _ in passes]
     labels = [label for _, labels, _ in passes for label in labels]
-    growth = _growth_warning(values_of(np.stack([keys for _, _, keys in passes])))
+    growth = _growth_warning(np.stack([keys for _, _, keys in passes]))
     notes = (*practice_warnings(digests, labels), *growth, *_non_finite_warnings(tensors))
     return Statistics(model.digest, tuple(sorted(digests)), tensors, notes)
 
 
 _Pass = tuple[str, list[int], NDArray[np.int32]]
-"""One sample's digest, its classes, and the keys of each tensor's extremes so far, int32 [tensors, 2]."""
+"""One sample's digest, its classes, and the keys of each tensor's extremes, int32 [tensors, 2]."""
 
 
 def _run(
     samples: Iterable[Sample], idle: SimpleQueue[_Worker], workers: int, on_sample: Callable[[], None]
 ) -> Iterator[_Pass]:
-    """What each sample left, in the samples' order; only a few samples are in flight at a time.
-
-    A sample goes to a worker that is idle when its turn comes, so that every worker meets its samples in order.
-    """
+    """What each sample left, in the samples' order; only a few samples are in flight at a time."""
 
     def task(worker: _Worker, sample: Sample) -> _Pass:
         try:
@@ -106,14 +103,40 @@ def _run(
         yield from (future.result() for future in futures)
 
 
-class _Worker:
-    """Runs samples through the shared session and counts what it sees in tallies of its own."""
+class _Tallies:
+    """Of all observed tensors, shared by the workers, of whom one at a time counts the same tensor."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, axes: Mapping[str, int | None]) -> None:
-        self._session = session
+    def __init__(self, axes: Mapping[str, int | None]) -> None:
         self._axes = axes
-        self._outputs = [output.name for output in session.get_outputs()]
+        self._locks = {name: Lock() for name in axes}
         self._tallies: dict[str, Tally] = {}
+
+    def add(self, arrays: Arrays) -> NDArray[np.int32]:
+        """Count one sample's tensors; the keys of each one's smallest and largest finite value, int32 [tensors, 2]."""
+        keys = np.zeros((len(self._axes), 2), np.int32)
+        for place, name in enumerate(self._axes):
+            with self._locks[name]:
+                keys[place] = self._tally(name, arrays[name]).add(arrays[name])
+        return keys
+
+    def _tally(self, name: str, array: NDArray[Any]) -> Tally:
+        if name not in self._tallies:
+            axis = self._axes[name] if array.ndim else None
+            self._tallies[name] = Tally(name, axis, 1 if axis is None else array.shape[axis])
+        return self._tallies[name]
+
+    def statistics(self) -> dict[str, TensorStatistics]:
+        """What was counted so far."""
+        return {name: self._tallies[name].statistics() for name in self._axes if name in self._tallies}
+
+
+class _Worker:
+    """Runs samples through the shared session, into the shared tallies."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, tallies: _Tallies) -> None:
+        self._session = session
+        self._tallies = tallies
+        self._outputs = [output.name for output in session.get_outputs()]
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._shapes_decide = True
         self._buffers: list[NDArray[Any]] = []
@@ -125,15 +148,7 @@ class _Worker:
             observed = self._observe(inputs)
         except Exception as error:  # ORT raises a different class for each of its status codes
             raise InputError(f"The model fails on {sample.origin}: {str(error).strip()}") from error
-        tensors = inputs | dict(zip(self._outputs, observed, strict=True))
-        keys = np.zeros((len(self._axes), 2), np.int32)
-        for place, (name, axis) in enumerate(self._axes.items()):
-            array = tensors[name]
-            if name not in self._tallies:
-                channels = 1 if axis is None or array.ndim == 0 else array.shape[axis]
-                self._tallies[name] = Tally(name, axis if array.ndim else None, channels)
-            self._tallies[name].add(array)
-            keys[place] = self._tallies[name].extreme_keys
+        keys = self._tallies.add(inputs | dict(zip(self._outputs, observed, strict=True)))
         return sample_digest(sample.inputs), _classes(sample.labels), keys
 
     def _observe(self, inputs: Arrays) -> list[NDArray[Any]]:
@@ -164,37 +179,30 @@ class _Worker:
         self._binding = None
         return self._buffers
 
-    def statistics(self) -> dict[str, TensorStatistics]:
-        return {name: tally.statistics() for name, tally in self._tallies.items()}
-
 
 def _classes(labels: NDArray[Any] | None) -> list[int]:
     """Labels that stand for classes; real numbers stand for none."""
     return labels.reshape(-1).tolist() if labels is not None and labels.dtype.kind in "iu" else []
 
 
-def _merged(parts: list[dict[str, TensorStatistics]]) -> dict[str, TensorStatistics]:
-    """One worker's tensors merged with the others'; a worker that saw no sample has none."""
-    names = max(parts, key=len)
-    return {name: reduce(TensorStatistics.merge, [part[name] for part in parts if name in part]) for name in names}
-
-
-def _growth_warning(extremes: NDArray[np.float32]) -> tuple[str, ...]:
-    """Whether ranges still widened at the end of the pass; extremes are float32 [samples, tensors, 2].
-
-    A worker meets its samples in order, so the extremes up to a sample do not depend on who ran what.
-    """
-    samples, tensors, _ = extremes.shape
+def _growth_warning(keys: NDArray[np.int32]) -> tuple[str, ...]:
+    """Whether ranges still widened at the end of the pass; keys of each sample's extremes are [samples, tensors, 2]."""
+    samples, tensors, _ = keys.shape
     early = samples - max(1, round(LAST_PART * samples))
     if early < 1:
         return ()
-    wide = extremes.astype(np.float64)  # masks reach to the end of float32
-    before, after = (e[..., 1].max(axis=0) - e[..., 0].min(axis=0) for e in (wide[:early], wide))
+    before, after = _widths(keys[:early]), _widths(keys)
     growing = int(np.sum(after > before * (1 + GROWTH)))
     if growing == 0:
         return ()
     part = f"the last {samples - early} of {samples} samples"
     return (f"The ranges of {growing} of {tensors} tensors still grew by more than 5 % over {part}: use more.",)
+
+
+def _widths(keys: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Of the tensors' ranges over all of these samples, [tensors]; NaN where no value was finite."""
+    low, high = (values_of(part).astype(np.float64) for part in (keys[..., 0].min(axis=0), keys[..., 1].max(axis=0)))
+    return high - low  # masks reach to the end of float32
 
 
 def _non_finite_warnings(tensors: Mapping[str, TensorStatistics]) -> tuple[str, ...]:

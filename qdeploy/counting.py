@@ -85,10 +85,7 @@ def is_finite(lowest: int, highest: int) -> bool:
 
 @dataclass
 class Tally:
-    """One tensor's running statistics within one worker; the only thing of calibration that changes in place.
-
-    `extreme_keys` are the keys of the smallest and the largest finite value so far.
-    """
+    """One tensor's running statistics within one worker; the only thing of calibration that changes in place."""
 
     name: str
     channel_axis: int | None
@@ -104,12 +101,11 @@ class Tally:
         self._count = np.zeros(self.channels, np.int64)
         self._whole_count = 0
         self._adds = 0
-        self.extreme_keys = (_HIGHEST_KEY, _LOWEST_KEY)
 
-    def add(self, array: NDArray[Any]) -> None:
-        """Count one sample's tensor."""
+    def add(self, array: NDArray[Any]) -> tuple[int, int]:
+        """Count one sample's tensor; the keys of its smallest and its largest finite value."""
         if array.size == 0:
-            return
+            return _HIGHEST_KEY, _LOWEST_KEY
         values = as_channels(array, self.channel_axis)
         bits = values.view(np.int32)
         if self._pending + values.size > FLUSH_AFTER or self._adds >= 1 << 14:
@@ -117,20 +113,21 @@ class Tally:
         self._pending += values.size
         self._adds += 1
         lowest, highest = kernel()(values, bits, self._table, self._low, self._high, self._limbs)
-        if is_finite(lowest, highest):
-            self._whole_count += values.size // self.channels
-            self.extreme_keys = (min(self.extreme_keys[0], lowest), max(self.extreme_keys[1], highest))
-        else:
-            self._add_finite_part(values)
-            self.extreme_keys = (int(self._low.min()), int(self._high.max()))
+        if not is_finite(lowest, highest):
+            return self._add_finite_part(values)
+        self._whole_count += values.size // self.channels
+        return lowest, highest
 
-    def _add_finite_part(self, values: NDArray[np.float32]) -> None:
+    def _add_finite_part(self, values: NDArray[np.float32]) -> tuple[int, int]:
         finite = np.isfinite(values)
         keys = keys_of(values)
-        np.minimum(self._low, np.where(finite, keys, _HIGHEST_KEY).min(axis=(0, 2)), out=self._low)
-        np.maximum(self._high, np.where(finite, keys, _LOWEST_KEY).max(axis=(0, 2)), out=self._high)
+        low = np.where(finite, keys, _HIGHEST_KEY).min(axis=(0, 2))
+        high = np.where(finite, keys, _LOWEST_KEY).max(axis=(0, 2))
+        np.minimum(self._low, low, out=self._low)
+        np.maximum(self._high, high, out=self._high)
         self._limbs += fixed_point(np.where(finite, values, 0.0).sum(axis=(0, 2), dtype=np.float64))
         self._count += finite.sum(axis=(0, 2))
+        return int(low.min()), int(high.max())
 
     def _flush(self) -> None:
         for lane in range(LANES):
@@ -141,21 +138,21 @@ class Tally:
 
     def statistics(self) -> TensorStatistics:
         """What was counted so far."""
-        self._flush()
+        histogram = self._histogram + self._table.sum(axis=1)
         count = self._count + self._whole_count
         seen = count > 0
-        finite = self._histogram.copy()
+        finite = histogram.copy()
         for non_finite in _NON_FINITE_BINS:
             finite[non_finite] = 0
         return TensorStatistics(
             self.name,
             self.channel_axis,
             finite,
-            int(sum(self._histogram[non_finite].sum() for non_finite in _NON_FINITE_BINS)),
+            int(sum(histogram[non_finite].sum() for non_finite in _NON_FINITE_BINS)),
             np.where(seen, values_of(self._low), np.float32(np.inf)),
             np.where(seen, values_of(self._high), np.float32(-np.inf)),
             count,
-            self._limbs,
+            carry(self._limbs),
         )
 
 

@@ -311,29 +311,34 @@ def test_ranges_of_masks_do_not_overflow(sigmoid, recwarn, last, grows):
     assert not recwarn.list
 
 
-def test_workers_meet_their_samples_in_order(sigmoid, monkeypatch):
-    """Extremes are kept as they were up to each sample, so no worker may count a later sample before an earlier one."""
-    order = {}
+def test_a_sample_without_any_number_does_not_hide_that_ranges_grow(sigmoid, recwarn):
+    samples = growing([float("nan"), 0.0, *np.linspace(0.5, 1.0, 17), 1.06])
+
+    assert any("2 of 2 tensors still grew" in note for note in collect(sigmoid, samples).notes)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_slow_workers_change_nothing(network, monkeypatch, workers):
+    """Samples may be counted in any order."""
+    random = np.random.default_rng(0)
+    samples = [Sample({"image": random.normal(size=(1, 3, 8, 6)).astype(np.float32)}) for _ in range(12)]
+    wanted = collect(network, samples, workers=1)
     inner = COLLECTING._Worker.run
 
-    def noted(worker, sample):
-        order.setdefault(worker, []).append(float(sample.inputs["x"][0, 0]))
+    def slow_at_first(worker, sample):
+        if sample is samples[0]:
+            threading.Event().wait(0.1)
         return inner(worker, sample)
 
-    monkeypatch.setattr(COLLECTING._Worker, "run", noted)
-    delays = iter([0.0, 0.05] + [0.0] * 100)
+    monkeypatch.setattr(COLLECTING._Worker, "run", slow_at_first)
+    found = collect(network, samples, workers=workers)
 
-    class SlowQueue(COLLECTING.SimpleQueue):
-        def get(self):
-            threading.Event().wait(next(delays))
-            return super().get()
-
-    monkeypatch.setattr(COLLECTING, "SimpleQueue", SlowQueue)
-
-    collect(sigmoid, growing(range(12)), workers=2)
-
-    assert sorted(n for numbers in order.values() for n in numbers) == list(range(12))
-    assert all(numbers == sorted(numbers) for numbers in order.values())
+    assert [*found.tensors] == [*wanted.tensors]
+    assert found.notes == wanted.notes
+    for name, tensor in wanted.tensors.items():
+        for figure in ("histogram", "channel_minimum", "channel_maximum", "channel_count", "channel_sum"):
+            np.testing.assert_array_equal(getattr(found.tensors[name], figure), getattr(tensor, figure))
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(network):
