@@ -32,7 +32,7 @@ from qdeploy.samples.tokenization import Tokenization
 from qdeploy.session import SessionRunner
 
 RECIPE = Path(__file__).parents[1] / "deploy_examples/03_minilm/recipe.toml"
-PRECISIONS = ("int8-dynamic", "int8", "int8-weights", "fp16")
+PRECISIONS = ("int8-dynamic", "int8", "int8-weights", "int4", "fp16")
 TOKENS = 64
 """Of the sentence that is timed; none of STS-B is longer."""
 
@@ -51,9 +51,15 @@ def main() -> None:
         recipe = _recipe()
         model = _prepared(recipe, sentences("calibration", own, 8), folder)
         built = _built(recipe, model, sentences("calibration", own), folder)
-        _print_speed(model, built, shapes, arguments.rounds)
-        _print_accuracy(model, built, sentences("evaluation", own))
+        print_speed(model, built, shapes, arguments.rounds)
+        print_accuracy(model, built, sentences("evaluation", own))
         _print_calibration(model, shapes, arguments)
+
+
+def minilm(folder: Path) -> tuple[FloatModel, Tokenization]:
+    """The float model, prepared into an existing folder, and how sentences of their own lengths become its inputs."""
+    own = _shapes()["of their own lengths"]
+    return _prepared(_recipe(), sentences("calibration", own, 8), folder), own
 
 
 def _recipe() -> Recipe:
@@ -99,9 +105,7 @@ def _built(recipe: Recipe, model: FloatModel, samples: SampleSource, folder: Pat
     return {job.precision: build(Making(job, model, statistics, reader, scratch / job.folder), bundle) for job in jobs}
 
 
-def _print_speed(
-    model: FloatModel, built: Mapping[str, Built], shapes: Mapping[str, Tokenization], rounds: int
-) -> None:
+def print_speed(model: FloatModel, built: Mapping[str, Built], shapes: Mapping[str, Tokenization], rounds: int) -> None:
     """Size, and latency of one sentence of 64 tokens without padding among them."""
     files = {"FP32": model.path, **{name: each.artifact.path for name, each in built.items()}}
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -112,7 +116,7 @@ def _print_speed(
     print_latency(files, {**sample.inputs, "attention_mask": mask | 1}, rounds)
 
 
-def _print_accuracy(model: FloatModel, built: Mapping[str, Built], samples: SampleSource) -> None:
+def print_accuracy(model: FloatModel, built: Mapping[str, Built], samples: SampleSource) -> None:
     """Spearman's correlation with the scores that people gave, ×100, and its drop in points and in percent."""
     subjects = [replace(each.subject(), folder=name) for name, each in built.items()]
     compared = against_float(model.path, subjects, samples, metric_from_name("spearman"), lambda: None)
