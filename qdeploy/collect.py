@@ -1,14 +1,19 @@
 """FloatModel × samples → Statistics: one pass, in bounded memory, whatever the number of samples.
 
 Samples run side by side, each on one thread of one shared session, and are counted into the same tallies by the
-worker that ran them: counts and fixed-point sums are exact, so the order does not matter.
+thread that ran them: counts and fixed-point sums are exact, so the order does not matter. Workers, processes or
+machines, each count a share of the samples in the same way, and what they counted is added.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import zip_longest
 from queue import SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -17,14 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.backend import Arrays, input_arrays
-from qdeploy.counting import Tally, values_of
+from qdeploy.counting import Tally
 from qdeploy.errors import InputError
 from qdeploy.graph import load_graph, observed_tensors
 from qdeploy.model import FloatModel
-from qdeploy.samples.source import Sample
+from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.samples.warnings import practice_warnings, sample_digest
 from qdeploy.session import open_session
-from qdeploy.statistics import Statistics, TensorStatistics
+from qdeploy.statistics import Statistics, TensorStatistics, values_of
+from qdeploy.workers import Luggage, Workers
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,18 +58,87 @@ def collect(
     Raises:
         InputError: There are no samples, or the model fails on one of them.
     """
-    workers = workers or os.cpu_count() or 1
-    axes = observed_tensors(load_graph(model.path))
-    present = {spec.name for spec in (*model.inputs, *model.outputs)}
-    session = open_session(model.path, threads=1, observed=[name for name in axes if name not in present])
-    idle: SimpleQueue[_Worker] = SimpleQueue()
-    tallies = _Tallies(axes)
-    for _ in range(workers):
-        idle.put(_Worker(session, tallies))
-    passes = list(_run(samples, idle, workers, on_sample))
+    return _statistics(model, [_count(model, samples, workers or os.cpu_count() or 1, on_sample)])
+
+
+def collect_shared(
+    model: FloatModel,
+    source: Callable[[FloatModel], SampleSource],
+    workers: Workers,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Statistics:
+    """As `collect`, to the same bits, with the samples shared among workers.
+
+    Args:
+        model: A prepared model.
+        source: Opens the samples; called by every worker, with the model where it lies for that worker.
+        workers: Each opens the samples, and takes every one of them in turn.
+        on_sample: Called after each sample.
+
+    Raises:
+        InputError: There are no samples, they differ from pass to pass, or the model fails on one of them.
+        UnavailableError: Workers died again and again.
+    """
+    task = _Counting(Luggage.of(model, workers), source, workers.count, workers.threads)
+    return _statistics(model, workers.run(task, on_sample))
+
+
+_Pass = tuple[str, list[int], NDArray[np.int32]]
+"""One sample's digest, its classes, and the keys of each tensor's extremes, int32 [tensors, 2]."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What was counted of some of the samples.
+
+    Attributes:
+        tensors: By name; none if there were no samples.
+        passes: In the samples' order.
+        seen: Digest of all samples in their order; empty where the worker read its own only.
+    """
+
+    tensors: Mapping[str, TensorStatistics]
+    passes: tuple[_Pass, ...]
+    seen: str = ""
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """The task of a worker: of `shares` samples that follow one another, to count one."""
+
+    luggage: Luggage
+    source: Callable[[FloatModel], SampleSource]
+    shares: int
+    threads: int
+
+    def __call__(self, share: int, on_sample: Callable[[], None]) -> _Share:
+        with self.luggage.unpacked() as model:
+            source = self.source(model)
+            if source.pick is not None and source.size is not None:
+                own = source.pick(slice(share, None, self.shares)) if share < source.size else ()
+                return _count(model, own, self.threads, on_sample)
+            seen = hashlib.sha256()
+            found = _count(model, self._own(source, share, seen), self.threads, on_sample)
+            return replace(found, seen=seen.hexdigest())
+
+    def _own(self, source: SampleSource, share: int, seen: hashlib._Hash) -> Iterator[Sample]:
+        """The share's samples where all must be read; `seen` takes note of each."""
+        for position, sample in enumerate(source):
+            seen.update(sample_digest(sample.inputs).encode())
+            if position % self.shares == share:
+                yield sample
+
+
+def _statistics(model: FloatModel, shares: Sequence[_Share]) -> Statistics:
+    """What all shares come to; share i of n has the samples i, i + n, i + 2n and so on."""
+    passes = [each for group in zip_longest(*(share.passes for share in shares)) for each in group if each is not None]
     if not passes:
         raise InputError("There are no calibration samples.", "Give a source that yields at least one.")
-    tensors = tallies.statistics()
+    if len({share.seen for share in shares}) > 1:
+        what = "The calibration samples differ from pass to pass, so that they cannot be shared among workers."
+        raise InputError(what, "Yield the same ones in the same order (seed what is random), or leave out --workers.")
+    counted = [share.tensors for share in shares if share.passes]
+    tensors = {name: reduce(TensorStatistics.merge, [each[name] for each in counted]) for name in counted[0]}
     digests = [digest for digest, _, _ in passes]
     labels = [label for _, labels, _ in passes for label in labels]
     growth = _growth_warning(np.stack([keys for _, _, keys in passes]))
@@ -71,8 +146,17 @@ def collect(
     return Statistics(model.digest, tuple(sorted(digests)), tensors, notes)
 
 
-_Pass = tuple[str, list[int], NDArray[np.int32]]
-"""One sample's digest, its classes, and the keys of each tensor's extremes, int32 [tensors, 2]."""
+def _count(model: FloatModel, samples: Iterable[Sample], threads: int, on_sample: Callable[[], None]) -> _Share:
+    """Count all of these samples, so many side by side."""
+    axes = observed_tensors(load_graph(model.path))
+    present = {spec.name for spec in (*model.inputs, *model.outputs)}
+    session = open_session(model.path, threads=1, observed=[name for name in axes if name not in present])
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    tallies = _Tallies(axes)
+    for _ in range(threads):
+        idle.put(_Worker(session, tallies))
+    passes = tuple(_run(samples, idle, threads, on_sample))
+    return _Share(tallies.statistics(), passes)
 
 
 def _run(

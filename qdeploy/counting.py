@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.statistics import BIN_SHIFT, BINS, LIMBS, TensorStatistics, carry, fixed_point
+from qdeploy.statistics import BIN_SHIFT, BINS, LIMBS, TensorStatistics, carry, fixed_point, keys_of, values_of
 
 LANES = 4
 """Interleaved tables: values that follow one another often share a bin, and waiting for the last store costs most."""
@@ -31,17 +31,6 @@ _NON_FINITE_BINS = tuple(slice(end - (0x800000 >> BIN_SHIFT), end) for end in (B
 
 
 Kernel = Callable[..., tuple[int, int]]
-
-
-def keys_of(values: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Integers in the same order as the floats: −NaN < −Inf < … < −0 < 0 < … < Inf < NaN. Its own inverse on bits."""
-    bits = values.view(np.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def values_of(keys: NDArray[np.int32]) -> NDArray[np.float32]:
-    """The floats that keys stand for."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
 @cache

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.archive import require_modest
 from qdeploy.errors import InputError, InternalError
 
 BIN_SHIFT = 17
@@ -38,6 +39,17 @@ FORMAT = 1
 
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What numpy, zipfile and zlib raise over damaged bytes; RuntimeError is for a flag that says encrypted or unknown."""
+
+
+def keys_of(values: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Integers in the same order as the floats: −NaN < −Inf < … < −0 < 0 < … < Inf < NaN. Its own inverse on bits."""
+    bits = values.view(np.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def values_of(keys: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The floats that keys stand for."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
 def fixed_point(x: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -159,8 +171,8 @@ class TensorStatistics:
             self.channel_axis,
             self.histogram + other.histogram,
             self.non_finite + other.non_finite,
-            np.minimum(self.channel_minimum, other.channel_minimum),
-            np.maximum(self.channel_maximum, other.channel_maximum),
+            values_of(np.minimum(keys_of(self.channel_minimum), keys_of(other.channel_minimum))),
+            values_of(np.maximum(keys_of(self.channel_maximum), keys_of(other.channel_maximum))),
             self.channel_count + other.channel_count,
             carry(self.channel_sum + other.channel_sum),
         )
@@ -252,6 +264,7 @@ class Statistics:
         try:
             # Opened here, since numpy leaves a damaged file open.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+                require_modest(members.zip, path.stat().st_size)
                 arrays = {name: members[name] for name in members.files}
             return _from_arrays(arrays)
         except FileNotFoundError as error:

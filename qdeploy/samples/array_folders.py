@@ -42,18 +42,21 @@ def open_array_folder(
         what = f"The folder {folder} holds .npy files, and the model has the inputs {', '.join(input_names)}."
         raise InputError(what, "Write .npz files with one array for each: numpy.savez(path, **inputs).")
     picked = [found.files[i] for i in evenly_spaced(len(found.files), limit)]
+    places = list(enumerate(picked))
+    read = partial(_stream, found, input_names, ranks)
     return SampleSource(
         description=f"arrays in {found.name} ({found.contents(len(picked))})",
-        stream=partial(_stream, found, picked, input_names, ranks),
+        stream=partial(read, places),
+        pick=lambda part: read(places[part]),
         size=len(picked),
         class_names=found.classes,
     )
 
 
 def _stream(
-    folder: SampleFolder, files: Sequence[Path], input_names: tuple[str, ...], ranks: Mapping[str, int]
+    folder: SampleFolder, input_names: tuple[str, ...], ranks: Mapping[str, int], places: Sequence[tuple[int, Path]]
 ) -> Iterator[Sample]:
-    for position, file in enumerate(files):
+    for position, file in places:
         arrays = _read(folder.path / file, input_names)
         labels = None if LABELS in input_names else arrays.pop(LABELS, None)
         inputs = {name: _whole(array, ranks.get(name)) for name, array in arrays.items()}

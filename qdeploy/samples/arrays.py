@@ -76,9 +76,11 @@ def open_arrays(
         shape = arrays[LABELS].shape
         row_shapes[LABELS] = shape[1:] if whole and len(shape) > 1 else (1, *shape[1:])
     picked = evenly_spaced(count, limit)
+    read = partial(_stream, path, row_shapes, input_names)
     return SampleSource(
         description=f"arrays in {path.name} ({how_many(len(picked), count, 'samples')})",
-        stream=partial(_stream, path, row_shapes, input_names, picked),
+        stream=partial(read, picked),
+        pick=lambda part: read(picked[part]),
         size=len(picked),
     )
 

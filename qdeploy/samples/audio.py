@@ -125,11 +125,13 @@ def open_audio(
         raise InputError(what, f"Give --preprocess, or preprocessing in the recipe, for example: {EXAMPLE}")
     waves = [_read_header(folder, file, windows.rate) for file in clips.files]
     places = [(wave, start) for wave in waves for start in windows.starts(wave.frames)]
-    picked = [places[i] for i in evenly_spaced(len(places), limit)]
+    picked = [(position, *places[i]) for position, i in enumerate(evenly_spaced(len(places), limit))]
+    read = partial(_stream, clips, input_names[0], ranks.get(input_names[0]), windows.length)
     count = how_many(len(picked), len(places), "windows")
     return SampleSource(
         description=f"audio in {clips.name} ({count} of {clips.contents(len(clips.files))})",
-        stream=partial(_stream, clips, picked, input_names[0], ranks.get(input_names[0]), windows.length),
+        stream=partial(read, picked),
+        pick=lambda part: read(picked[part]),
         size=len(picked),
         preprocessing=windows,
         class_names=clips.classes,
@@ -137,9 +139,9 @@ def open_audio(
 
 
 def _stream(
-    clips: SampleFolder, places: Sequence[tuple[_Wave, int]], input_name: str, rank: int | None, length: int
+    clips: SampleFolder, input_name: str, rank: int | None, length: int, places: Sequence[tuple[int, _Wave, int]]
 ) -> Iterator[Sample]:
-    for position, (wave, start) in enumerate(places):
+    for position, wave, start in places:
         stored = _stored(clips.path, wave, start, length)
         kind, factor = ENCODINGS[wave.encoding]
         values = stored.view(kind).reshape(-1, wave.channels).T.astype(np.float32) * np.float32(factor)

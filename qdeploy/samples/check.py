@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,19 @@ def checked(
         inputs: Of the model.
         optional: Further inputs of the model, which a sample may lack.
     """
-    return replace(source, stream=partial(_stream, source, inputs, optional))
+    pick = source.pick
+    return replace(
+        source,
+        stream=lambda: _stream(source, iter(source), inputs, optional),
+        pick=pick and (lambda part: _stream(source, pick(part), inputs, optional)),
+    )
 
 
-def _stream(source: SampleSource, inputs: tuple[TensorSpec, ...], optional: tuple[TensorSpec, ...]) -> Iterator[Sample]:
+def _stream(
+    source: SampleSource, samples: Iterator[Sample], inputs: tuple[TensorSpec, ...], optional: tuple[TensorSpec, ...]
+) -> Iterator[Sample]:
     empty = True
-    for sample in source:
+    for sample in samples:
         _check_names(sample, inputs, optional)
         for spec in (*inputs, *(spec for spec in optional if spec.name in sample.inputs)):
             _check_array(source, sample, spec)

@@ -14,7 +14,7 @@ BYTES = 64_000_000
 
 def remembering(source: SampleSource) -> SampleSource:
     """The same samples, of which the first 64 (64 MB at most) are taken from the source once and kept."""
-    return replace(source, stream=_Head(source).stream)
+    return replace(source, stream=_Head(source).stream, pick=None)
 
 
 class _Head:

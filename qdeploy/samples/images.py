@@ -27,7 +27,7 @@ def open_images(
         InputError: No image, no preprocessing, a model with several inputs, or two classes with the same integer.
         UnavailableError: Pillow is not installed.
     """
-    _require_pillow()
+    require_pillow()
     images = open_folder(folder, SUFFIXES)
     if not images.files:
         raise InputError(f"The folder {folder} holds no images.", f"Images end in {', '.join(SUFFIXES)}.")
@@ -38,9 +38,12 @@ def open_images(
         what = f"The folder {folder} holds images, and nothing says how they become the model's input."
         raise InputError(what, f"Give --preprocess, or preprocessing in the recipe, for example: {EXAMPLE}")
     picked = [images.files[i] for i in evenly_spaced(len(images.files), limit)]
+    places = list(enumerate(picked))
+    read = partial(_stream, images, input_names[0], preprocessing)
     return SampleSource(
         description=f"images in {images.name} ({images.contents(len(picked))})",
-        stream=partial(_stream, images, picked, input_names[0], preprocessing),
+        stream=partial(read, places),
+        pick=lambda part: read(places[part]),
         size=len(picked),
         preprocessing=preprocessing,
         class_names=images.classes,
@@ -67,7 +70,12 @@ def read_image(path: Path, preprocessing: Preprocessing) -> tuple[NDArray[np.uin
         raise InputError(f"The image {path} cannot be decoded: {error}.", "Mend or remove it.") from error
 
 
-def _require_pillow() -> None:
+def require_pillow() -> None:
+    """Refuse, before any work, to go on without what decodes images.
+
+    Raises:
+        UnavailableError: It is not installed.
+    """
     try:
         import PIL  # noqa: F401  # its presence is asked for before any work begins
     except ModuleNotFoundError as error:
@@ -75,8 +83,8 @@ def _require_pillow() -> None:
 
 
 def _stream(
-    folder: SampleFolder, files: Sequence[Path], input_name: str, preprocessing: Preprocessing
+    folder: SampleFolder, input_name: str, preprocessing: Preprocessing, places: Sequence[tuple[int, Path]]
 ) -> Iterator[Sample]:
-    for position, file in enumerate(files):
+    for position, file in places:
         content, array = read_image(folder.path / file, preprocessing)
         yield Sample({input_name: array}, folder.label(file), folder.origin(position, file), {input_name: content})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,38 @@ FORMS = (
     "Give a folder of images, .wav or .npy files, a .csv, .txt or .npz file, "
     "file.py:callable or package.module:callable."
 )
+
+
+@dataclass(frozen=True)
+class Opening:
+    """DATA with all that it takes to open it, here or in another process; the attributes are `open_samples`' arguments.
+
+    Of a sequence whose samples carry states the first ones are taken under a limit, with none between.
+    """
+
+    data: Any
+    input_names: tuple[str, ...]
+    ranks: Mapping[str, int]
+    preprocessing: AnyPreprocessing | None = None
+    limit: int | None = None
+    states: tuple[str, ...] = ()
+
+    def open(self) -> SampleSource:
+        """The samples.
+
+        Raises:
+            InputError: As `open_samples`.
+            UnavailableError: As `open_samples`.
+        """
+        opened = open_samples(
+            self.data,
+            input_names=self.input_names,
+            ranks=self.ranks,
+            preprocessing=self.preprocessing,
+            limit=None if self.states else self.limit,
+            states=self.states,
+        )
+        return _first(opened, self.limit) if self.states else opened
 
 
 def open_samples(
@@ -101,4 +133,4 @@ def _of_kind(kind: type[Kind], preprocessing: AnyPreprocessing | None) -> Kind |
 
 def _first(source: SampleSource, limit: int | None) -> SampleSource:
     size = source.size if limit is None or source.size is None else min(source.size, limit)
-    return replace(source, stream=lambda: islice(source, limit), size=size)
+    return replace(source, stream=lambda: islice(source, limit), size=size, pick=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ class SampleSource:
         size: How many samples a pass yields, or None when only a pass can tell.
         preprocessing: What is done to raw files, or None if they are taken as they are.
         class_names: The class sub-folders of a folder of samples, sorted; otherwise empty.
+        pick: Streams the samples at some places and reads no others; None where the others must be read, too.
     """
 
     description: str
@@ -55,17 +56,25 @@ class SampleSource:
     size: int | None = None
     preprocessing: RawForm | None = None
     class_names: tuple[str, ...] = ()
+    pick: Callable[[slice], Iterator[Sample]] | None = None
 
     def __iter__(self) -> Iterator[Sample]:
         return self.stream()
 
 
-def every_other(source: SampleSource, first: int) -> SampleSource:
-    """Half of a source's samples: those at even places (`first` is 0), or at odd ones (1)."""
-    size = None if source.size is None else (source.size + 1 - first) // 2
-    part = "even" if first == 0 else "odd"
-    description = f"{source.description}, those at {part} places"
-    return replace(source, stream=lambda: islice(source, first, None, 2), size=size, description=description)
+def half(source: SampleSource, which: int) -> SampleSource:
+    """The first or the second half (0 or 1) of a source's samples, which take turns of two: pairs stay together."""
+    size = None if source.size is None else sum(_is_in_half(index, which) for index in range(source.size))
+    description = f"{source.description}, every other two from {'the first' if which == 0 else 'the third'} on"
+    return replace(source, stream=partial(_half, source, which), size=size, description=description, pick=None)
+
+
+def _half(source: SampleSource, which: int) -> Iterator[Sample]:
+    return (sample for index, sample in enumerate(source) if _is_in_half(index, which))
+
+
+def _is_in_half(index: int, which: int) -> bool:
+    return index // 2 % 2 == which
 
 
 def evenly_spaced(count: int, limit: int | None) -> Sequence[int]:

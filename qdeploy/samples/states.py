@@ -139,7 +139,7 @@ def completed(source: SampleSource, states: States, runner: Callable[[], Runner]
                 yield whole
                 carried = states.after(model.run(whole.inputs))
 
-    return replace(source, stream=stream) if states.outputs else source
+    return replace(source, stream=stream, pick=None) if states.outputs else source
 
 
 class Carrying(Runner):
