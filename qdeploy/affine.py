@@ -9,7 +9,7 @@ the ONNX operators QuantizeLinear and DequantizeLinear, whose rounding and satur
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,11 @@ class IntegerType:
         """The numpy type that holds it; 4-bit values are held one to a byte."""
         return np.dtype(f"{'' if self.signed else 'u'}int{8 if self.bits <= 8 else 16}")
 
+    @property
+    def stored_bits(self) -> int:
+        """Width of the ONNX type that holds it: seven bits are stored in eight."""
+        return next(width for width in (2, 4, 8, 16, 32, 64) if self.bits <= width)
+
     def __str__(self) -> str:
         return f"{'' if self.signed else 'u'}int{self.bits}"
 
@@ -75,19 +80,22 @@ class Range:
 
 @dataclass(frozen=True)
 class Affine:
-    """Scale and zero point: scalars for a whole tensor, or vectors with one entry a channel.
+    """Scale and zero point: scalars for a whole tensor, vectors with one entry a channel, or one for each block.
 
     Attributes:
         scale: float32, positive and normal.
         zero_point: In the integer type's dtype; all zero when symmetric.
         integer: The integers it maps to.
-        axis: The channel axis when `scale` is a vector, else None.
+        axis: The channel axis when `scale` is a vector, the axis along which blocks lie, else None.
+        block: How many values along `axis` share a scale, the last block perhaps fewer; None without blocks. `scale`
+            then has the tensor's shape but for that axis, along which it has one value for each block.
     """
 
     scale: NDArray[np.float32]
     zero_point: IntArray
     integer: IntegerType
     axis: int | None = None
+    block: int | None = None
 
 
 def affine_from_limits(
@@ -100,7 +108,7 @@ def affine_from_limits(
 ) -> Affine:
     """Scale and zero point that cover [minimum, maximum], elementwise over channels.
 
-    Symmetric: scale = max(|min|, |max|) / qmax, zero point 0 (for unsigned types, the middle of the grid).
+    Symmetric: scale = max(−min, max) / qmax, zero point 0 (for unsigned types, the middle of the grid).
     Asymmetric: scale = (max − min) / (qmax − qmin), zero_point = round(qmin − min / scale), clamped.
     A constant zero tensor gets scale 1.
     """
@@ -130,17 +138,29 @@ def affine_from_tensor(tensor: FloatArray, integer: IntegerType, *, symmetric: b
     return affine_from_limits(minimum, maximum, integer, symmetric=symmetric, axis=axis)
 
 
-def _along(values: NDArray[Any], axis: int | None, ndim: int) -> NDArray[Any]:
-    """A per-channel vector shaped so that it broadcasts against a tensor of `ndim` axes."""
-    if axis is None:
-        return values
-    return values.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
+def affine_in_blocks(tensor: FloatArray, integer: IntegerType, *, symmetric: bool, axis: int, block: int) -> Affine:
+    """Scale and zero point of every `block` consecutive values along `axis`, from their own minimum and maximum."""
+    starts = np.arange(0, tensor.shape[axis], block)
+    minimum, maximum = (extreme.reduceat(tensor, starts, axis) for extreme in (np.minimum, np.maximum))
+    each = affine_from_limits(minimum, maximum, integer, symmetric=symmetric, axis=axis)
+    return replace(each, block=block)
+
+
+def spread(affine: Affine, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], IntArray]:
+    """Scales and zero points so shaped that they broadcast against a tensor of this shape."""
+    if affine.axis is None:
+        return affine.scale, affine.zero_point
+    axis = affine.axis % len(shape)
+    if affine.block is not None:
+        blocks = np.arange(shape[axis]) // affine.block
+        return np.take(affine.scale, blocks, axis), np.take(affine.zero_point, blocks, axis)
+    along = [-1 if i == axis else 1 for i in range(len(shape))]
+    return affine.scale.reshape(along), affine.zero_point.reshape(along)
 
 
 def quantize(x: FloatArray, affine: Affine) -> IntArray:
     """Stored integers of x, saturated, rounded half to even, computed in float32 as ONNX QuantizeLinear does."""
-    scale = _along(affine.scale, affine.axis, x.ndim)
-    zero_point = _along(affine.zero_point, affine.axis, x.ndim).astype(np.float64)
+    scale, zero_point = spread(affine, x.shape)
     # The quotient is float32 as in the operator, and may be infinite: it is clipped. The sum is wider, so that a large
     # quotient stays exact until then.
     with np.errstate(over="ignore"):
@@ -152,8 +172,7 @@ def quantize(x: FloatArray, affine: Affine) -> IntArray:
 
 def dequantize(q: IntArray, affine: Affine) -> NDArray[np.float32]:
     """The real values that stored integers stand for."""
-    scale = _along(affine.scale, affine.axis, q.ndim)
-    zero_point = _along(affine.zero_point, affine.axis, q.ndim)
+    scale, zero_point = spread(affine, q.shape)
     steps = (q.astype(np.int32) - zero_point.astype(np.int32)).astype(np.float32)
     real: NDArray[np.float32] = steps * scale
     return real

@@ -158,6 +158,12 @@ def stored_constant(value: ir.Value | None) -> NDArray[Any] | None:
     return constant(node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else value)
 
 
+def is_table(value: ir.Value) -> bool:
+    """Whether a value is read by lookups alone."""
+    readers = value.consumers()
+    return len(readers) > 0 and all(reader.op_type == "Gather" for reader in readers)
+
+
 def weight_of(node: ir.Node) -> NDArray[Any] | None:
     """The constant weight of a Conv, ConvTranspose, Gemm or MatMul, in its stored layout; None without one.
 
@@ -295,6 +301,18 @@ def _is_inside_fusion(value: ir.Value) -> bool:
     return producer is not None and producer.op_type in QUANTIZABLE and fused_activation(producer) is not None
 
 
+def is_split(value: ir.Value) -> bool:
+    """Whether a value is read in parts: product ─► bias ─► Reshape ─► Transpose ─► Split, Slices or Gathers."""
+    readers = [node for node in value.consumers() if node.op_type != "Shape"]
+    if len(readers) != 1:
+        return len(readers) > 1 and all(node.op_type in ("Slice", "Gather") for node in readers)
+    (reader,) = readers
+    if reader.op_type == "Add":
+        return any(constant(operand) is not None for operand in reader.inputs) and is_split(reader.outputs[0])
+    hands_on = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
+    return reader.op_type == "Split" or (reader.op_type in hands_on and is_split(reader.outputs[0]))
+
+
 def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> bool:  # noqa: C901, PLR0911, PLR0912 - an answer a question
     """Answer a contract's question about a node.
 
@@ -309,8 +327,17 @@ def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> b
         case Condition.CONSTANT_MATRIX:
             weight = weight_of(node)
             return weight is not None and weight.ndim == 2
+        case Condition.EVEN_OUTPUTS:
+            weight = weight_of(node)
+            return weight is not None and weight.shape[weight_channel_axis(node)] % 2 == 0
+        case Condition.BLOCKS_OF_16 | Condition.BLOCKS_OF_32 | Condition.BLOCKS_OF_64 | Condition.BLOCKS_OF_128:
+            size, inputs = int(condition.name.removeprefix("BLOCKS_OF_")), _inputs_of_constant(node)
+            return inputs > size and inputs % size == 0
         case Condition.CONSTANT_TABLE:
             return is_real(node.inputs[0]) and stored_constant(node.inputs[0]) is not None
+        case Condition.ROWS_OF_MATRIX:
+            table = stored_constant(node.inputs[0]) if is_real(node.inputs[0]) else None
+            return table is not None and table.ndim == 2 and node.attributes.get_int("axis", 0) == 0
         case Condition.CONSTANT_RECURRENCE:
             return all(constant(value) is not None for value in node.inputs[1:3])
         case Condition.DEPTHWISE:
@@ -332,11 +359,22 @@ def holds(condition: Condition, node: ir.Node, quantized: AbstractSet[str]) -> b
             return len(operands) > 0 and all(name in quantized for name in operands)
         case Condition.GRAPH_OUTPUT:
             return result_of(node).is_graph_output() and not result_of(node).consumers()
+        case Condition.SPLIT_RESULT:
+            return is_split(result_of(node))
         case Condition.PLAIN_GEMM:
             factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
             return factors == [1.0, 1.0] and not bool(node.attributes.get_int("transA", 0))
         case Condition.SEQUENCE_FIRST:
             return not bool(node.attributes.get_int("layout", 0))
+
+
+def _inputs_of_constant(node: ir.Node) -> int:
+    """How many values of a weight belong to an output, or of a table to a row; 0 without such a constant."""
+    table = stored_constant(node.inputs[0]) if node.op_type == "Gather" else None
+    if table is not None:
+        return int(table.shape[-1]) if table.ndim else 0
+    weight = weight_of(node)
+    return weight.size // weight.shape[weight_channel_axis(node)] if weight is not None and weight.size else 0
 
 
 def integer_type(dtype: ir.DataType) -> IntegerType | None:

@@ -65,7 +65,13 @@ class Condition(StrEnum):
 
     CONSTANT_WEIGHT = "with a constant weight"
     CONSTANT_MATRIX = "with a constant weight of two dimensions"
+    EVEN_OUTPUTS = "with an even number of outputs"
+    BLOCKS_OF_16 = "with a constant of several whole blocks of 16 inputs"
+    BLOCKS_OF_32 = "with a constant of several whole blocks of 32 inputs"
+    BLOCKS_OF_64 = "with a constant of several whole blocks of 64 inputs"
+    BLOCKS_OF_128 = "with a constant of several whole blocks of 128 inputs"
     CONSTANT_TABLE = "from a constant table of real values"
+    ROWS_OF_MATRIX = "it takes rows of a constant matrix of real values"
     CONSTANT_RECURRENCE = "with constant input and recurrence weights"
     DEPTHWISE = "depthwise (one input channel a group)"
     TRANSPOSED_B = "with a constant weight and transB=1"
@@ -74,6 +80,7 @@ class Condition(StrEnum):
     NEAREST = "it repeats the nearest value (mode=nearest)"
     BETWEEN_QUANTIZED = "every input comes from a quantized operator"
     GRAPH_OUTPUT = "it writes a graph output that nothing else reads"
+    SPLIT_RESULT = "its result is read in parts (queries, keys and values)"
     PLAIN_GEMM = "without transA or factors (alpha=1, beta=1)"
     SEQUENCE_FIRST = "sequences lie along axis 0 (layout=0)"
 

@@ -19,6 +19,7 @@ from qdeploy.plan import quantizable
 from qdeploy.quantize import integers
 from qdeploy.quantize.integers import IntegerWeights
 from qdeploy.quantize.rewrite import ORT_DOMAIN, graph_of, part_of, replace, replace_product, tidy
+from qdeploy.quantize.tables import look_up
 from qdeploy.quantize.write import write
 from qdeploy.scheme import OpRule, QuantContract
 
@@ -88,8 +89,12 @@ def _lstm(node: ir.Node, rule: OpRule, shared: _Shared) -> None:
     replace(node, [ir.Node(ORT_DOMAIN, "DynamicQuantizeLSTM", inputs, attributes, num_outputs=outputs, name=node.name)])
 
 
+def _table(node: ir.Node, rule: OpRule, shared: _Shared) -> None:
+    look_up(node, rule, shared.weights)
+
+
 _REWRITES: Mapping[str, Callable[[ir.Node, OpRule, _Shared], None]] = MappingProxyType(
-    {"MatMul": _product, "Gemm": _product, "LSTM": _lstm}
+    {"MatMul": _product, "Gemm": _product, "LSTM": _lstm, "Gather": _table}
 )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qdeploy import graph as questions
+from qdeploy.affine import IntegerType
 from qdeploy.plan import matching_rule
 from qdeploy.quantize.pairs import pair_problems
-from qdeploy.scheme import Form, Granularity, OpRule, PerChannel, PerTensor, QuantContract, Scheme
+from qdeploy.scheme import Form, Granularity, OpRule, PerBlock, PerChannel, PerTensor, QuantContract, Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,6 +25,7 @@ NOT_QDQ = frozenset(
         *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
         *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QGemm", "QAttention"),
         *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"),
+        "GatherBlockQuantized",
     }
 )
 """Operators that compute on integers themselves, of ONNX and of ONNX Runtime."""
@@ -28,7 +33,7 @@ NOT_QDQ = frozenset(
 OWN: Mapping[Form, Mapping[str, str]] = MappingProxyType(
     {
         Form.DYNAMIC: {"DynamicQuantizeLinear": "", "MatMulInteger": "MatMul", "DynamicQuantizeLSTM": "LSTM"},
-        Form.WEIGHTS: {"MatMulNBits": "MatMul"},
+        Form.WEIGHTS: {"MatMulNBits": "MatMul", "GatherBlockQuantized": "Gather"},
         Form.WEIGHT_QDQ: {},
     }
 )
@@ -133,10 +138,20 @@ def _integer_problems(node: ir.Node, rule: OpRule, contract: QuantContract) -> I
         array = questions.constant(value)
         if wanted is None or value is None or array is None:
             continue
-        bits = node.attributes.get_int("bits", 4)
-        found = f"int{bits}" if node.op_type == "MatMulNBits" else array.dtype.name
-        if found != str(wanted.integer):
+        if node.op_type == "MatMulNBits":
+            found, asked = _in_bytes(node), f"int{wanted.integer.bits} in {wanted.granularity}"
+        else:
+            found, asked = array.dtype.name, str(replace(wanted.integer, bits=wanted.integer.stored_bits))
+        if found != asked:
             yield f"input {index} ({value.name!r}) is stored as {found}; {contract.target} takes {wanted}"
+        elif beyond := _beyond(array, wanted.integer):
+            yield f"input {index} ({value.name!r}) {beyond}; {contract.target} takes {wanted}"
+
+
+def _in_bytes(node: ir.Node) -> str:
+    """What the bytes of a MatMulNBits hold; zero points, which it takes or leaves out, are of no concern."""
+    blocks = PerBlock(node.attributes.get_int("block_size", 0), 0)
+    return f"int{node.attributes.get_int('bits', 4)} in {blocks}"
 
 
 def _node_violations(node: ir.Node, contract: QuantContract, quantized: frozenset[str]) -> Iterator[Violation]:
@@ -173,13 +188,23 @@ def _input_problems(
         if found is None or not _satisfies(found, wanted, rank):
             is_stored = f"is stored as {found}" if found is not None else "is float"
             yield f"input {index} ({value.name!r}) {is_stored}; {contract.target} takes {wanted}"
+        elif beyond := _beyond(questions.stored_constant(value), wanted.integer):
+            yield f"input {index} ({value.name!r}) {beyond}; {contract.target} takes {wanted}"
 
 
 def _satisfies(found: Scheme, wanted: Scheme, rank: int) -> bool:
     """Whether a stored scheme is what a rule asks for; a symmetric grid or one scale in all is no less than asked."""
-    integer = (found.integer.bits, found.integer.signed) == (wanted.integer.bits, wanted.integer.signed)
+    integer = (found.integer.bits, found.integer.signed) == (wanted.integer.stored_bits, wanted.integer.signed)
     symmetry = found.symmetric or not wanted.symmetric
     return integer and symmetry and _within(found.granularity, wanted.granularity, rank)
+
+
+def _beyond(integers: NDArray[Any] | None, wanted: IntegerType) -> str:
+    """How far stored integers reach where fewer bits are wanted than their type has; empty if they do not."""
+    largest = 0 if integers is None else int(np.abs(integers.astype(np.int64)).max(initial=0))
+    if wanted.bits == wanted.stored_bits or largest <= 1 << (wanted.bits - 1):
+        return ""
+    return f"holds integers up to {largest} in magnitude"
 
 
 def _within(found: Granularity, wanted: Granularity, rank: int) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
+from qdeploy.plan import matching_rule
 from qdeploy.scheme import PerChannel, QuantContract, Scheme
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def pair_problems(node: ir.Node, contract: QuantContract) -> Iterator[str]:
             where = f"between a DequantizeLinear and {', '.join(readers)}"
             yield f"it stands {where}; {contract.target} then computes in float without a word"
     elif not questions.has_weight(node):
-        constants = [v.name for v in node.inputs if _is_dequantized(v) and questions.stored_constant(v) is not None]
+        rule = matching_rule(contract, node, frozenset())
+        stored = [v for i, v in enumerate(node.inputs) if not (rule and rule.inputs.get(i)) and _is_dequantized(v)]
+        constants = [v.name for v in stored if v is not None and questions.stored_constant(v) is not None]
         if constants:
             yield f"it runs in float, but its constant {constants[0]!r} is stored as integers"
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from qdeploy import graph as questions
 from qdeploy.affine import Affine, IntegerType, Range
+from qdeploy.affine import quantize as affine_quantize
 from qdeploy.errors import UnavailableError
 from qdeploy.model import QuantizedModel
 from qdeploy.plan import QuantPlan
@@ -38,8 +39,9 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     _absorb_activations(graph, plan)
     quantized_nodes = [str(n.name) for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
     whole = ir.to_proto(ir.external_data.load_to_model(graph))  # ORT looks for external data in the current folder
-    graph = ir.from_proto(_insert_qdq(whole, plan, quantized_nodes))
+    graph = ir.from_proto(_insert_qdq(whole, plan, _rounding(plan, quantized_nodes)))
     _leave_float(graph, plan)
+    _store_weights(graph, plan)
     passes.RemoveUnusedNodesPass()(graph)
     graph.graph.sort()
     check_quantized(graph, plan)
@@ -66,6 +68,11 @@ def replace_constants(graph: ir.Model, plan: QuantPlan) -> None:
         if index >= len(reader.inputs):
             reader.resize_inputs(index + 1)
         reader.replace_input_with(index, value)
+
+
+def _rounding(plan: QuantPlan, nodes: list[str]) -> list[str]:
+    """Without recurrent operators, whose weights alone are stored as integers: ORT would round their states, too."""
+    return [name for name in nodes if plan.nodes[name].op_type not in questions.RECURRENT]
 
 
 def _absorb_activations(graph: ir.Model, plan: QuantPlan) -> None:
@@ -155,7 +162,7 @@ def _activation_type(plan: QuantPlan) -> IntegerType:
 def _quant_type(integer: IntegerType) -> Any:
     from onnxruntime.quantization import QuantType
 
-    return QuantType[f"Q{'' if integer.signed else 'U'}Int{integer.bits}"]
+    return QuantType[f"Q{'' if integer.signed else 'U'}Int{integer.stored_bits}"]
 
 
 @contextmanager
@@ -179,6 +186,34 @@ def _quiet_logging() -> Iterator[None]:
         yield
     finally:
         root.setLevel(before)
+
+
+def _store_weights(graph: ir.Model, plan: QuantPlan) -> None:
+    """Store the planned constants that ORT has left as floats.
+
+    W ─► LSTM        becomes        Wq, scale, zero_point ─► DequantizeLinear ─► LSTM
+    """
+    import onnx_ir as ir
+
+    for name, affine in plan.weights.items():
+        weight = graph.graph.initializers.get(name)
+        if weight is None or weight.const_value is None:
+            continue
+        integers = affine_quantize(weight.const_value.numpy(), affine)
+        parts = {"quantized": integers, "scale": affine.scale, "zero_point": affine.zero_point}
+        values = [
+            ir.val(f"{name}_{part}", const_value=ir.tensor(array, name=f"{name}_{part}"))
+            for part, array in parts.items()
+        ]
+        for value in values:
+            graph.graph.register_initializer(value)
+        axis = {} if affine.axis is None else {"axis": affine.axis}
+        dequantize = ir.node("DequantizeLinear", values, axis, name=f"{name}_DequantizeLinear")
+        dequantize.outputs[0].name = f"{name}_DequantizeLinear_Output"
+        dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, weight.shape
+        graph.graph.append(dequantize)
+        weight.replace_all_uses_with(dequantize.outputs[0])
+        del graph.graph.initializers[name]
 
 
 def _leave_float(graph: ir.Model, plan: QuantPlan) -> None:

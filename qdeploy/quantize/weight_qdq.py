@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy import graph as questions
-from qdeploy.affine import affine_from_tensor, quantize
 from qdeploy.errors import InputError
 from qdeploy.model import FloatModel, QuantizedModel
 from qdeploy.plan import quantizable
-from qdeploy.quantize.integers import Integers, IntegerWeights, plain
+from qdeploy.quantize.integers import IntegerWeights, plain
 from qdeploy.quantize.rewrite import tidy
 from qdeploy.quantize.write import write
 from qdeploy.scheme import OpRule, PerBlock, PerChannel, QuantContract, Scheme
@@ -27,7 +27,11 @@ BLOCKS_OPSET = 21
 
 
 def quantize_weight_qdq(
-    model: FloatModel, contract: QuantContract, directory: Path, keep: Sequence[str] = ()
+    model: FloatModel,
+    contract: QuantContract,
+    directory: Path,
+    keep: Sequence[str] = (),
+    replaced: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
 ) -> QuantizedModel:
     """Write a model with integer weights and float activations to `directory/model.onnx`, and check it.
 
@@ -38,6 +42,7 @@ def quantize_weight_qdq(
         contract: The target's rules: which operators, and the schemes of their weights, per channel or in blocks.
         directory: Where to write.
         keep: Nodes that stay float: "first", "last", or patterns of node or weight names (`*` and `?`).
+        replaced: Weights that a recovery step has rounded, by name.
 
     Raises:
         InputError: A keep pattern matches nothing, or the operator set cannot be raised to one that has blocks.
@@ -47,7 +52,7 @@ def quantize_weight_qdq(
     if any(isinstance(scheme.granularity, PerBlock) or scheme.integer.bits < 8 for scheme in schemes):
         graph = _with_blocks(graph, model.name)
     chosen = quantizable(graph, contract, keep)
-    weights = IntegerWeights()
+    weights = IntegerWeights(replaced)
     for node, rule in chosen:
         for index in rule.inputs:
             _dequantize(node, index, rule, weights)
@@ -76,7 +81,7 @@ def _dequantize(node: ir.Node, index: int, rule: OpRule, weights: IntegerWeights
     weight, scheme = node.inputs[index], rule.inputs[index]
     assert weight is not None
     assert scheme is not None
-    stored, scale, zero_point = weights.of(node, index, rule, rounded)
+    stored, scale, zero_point = weights.of(node, index, rule, plain)
     readers = [reader for reader in stored.consumers() if reader.op_type == "DequantizeLinear"]
     if not readers:
         attributes = _attributes(scheme, len(weight.shape or ()))
@@ -97,35 +102,3 @@ def _attributes(scheme: Scheme, rank: int) -> dict[str, int]:
         case PerBlock(size, axis):
             return {"axis": axis % rank, "block_size": size}
     return {}
-
-
-def rounded(weight: NDArray[np.float32], scheme: Scheme) -> Integers:
-    """A weight in its own layout, as DequantizeLinear reads it: a scale a tensor, a channel, or a block."""
-    stored, scale, zero_point = (blocked if isinstance(scheme.granularity, PerBlock) else plain)(weight, scheme)
-    return _packed(stored, scheme), scale, _packed(zero_point, scheme)
-
-
-def blocked(weight: NDArray[np.float32], scheme: Scheme) -> Integers:
-    """Scales and zero points have the shape of the weight, with one value for each block along its axis.
-
-    The last block may be short (ONNX, DequantizeLinear, block_size).
-    """
-    assert isinstance(scheme.granularity, PerBlock)
-    size, axis = scheme.granularity.size, scheme.granularity.axis
-    last = np.moveaxis(weight, axis, -1)
-    length = last.shape[-1]
-    filled = np.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, -length % size)])
-    rows = filled.reshape(-1, size)
-    affine = affine_from_tensor(rows, scheme.integer, symmetric=scheme.symmetric, axis=0)
-    stored = quantize(rows, affine).reshape(filled.shape)[..., :length]
-    scale, zero_point = (each.reshape(*last.shape[:-1], -1) for each in (affine.scale, affine.zero_point))
-    return np.moveaxis(stored, -1, axis), np.moveaxis(scale, -1, axis), np.moveaxis(zero_point, -1, axis)
-
-
-def _packed(integers: NDArray[Any], scheme: Scheme) -> NDArray[Any]:
-    """4-bit integers in the type that ONNX packs two to a byte."""
-    if scheme.integer.bits != 4:
-        return integers
-    import ml_dtypes
-
-    return integers.astype(ml_dtypes.int4 if scheme.integer.signed else ml_dtypes.uint4)

@@ -4,8 +4,9 @@ import pytest
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
 from qdeploy.errors import InputError
+from qdeploy.quantize.integers import plain
 from qdeploy.quantize.lint import lint
-from qdeploy.quantize.weight_qdq import blocked, quantize_weight_qdq
+from qdeploy.quantize.weight_qdq import quantize_weight_qdq
 from qdeploy.scheme import Condition, Form, OpRule, PerBlock, PerChannel, QuantContract, Scheme
 from tests.contracts.backend_contract import float_model, outputs_of, samples_for
 
@@ -94,7 +95,7 @@ def test_a_shared_weight_is_stored_once(tmp_path):
 @pytest.mark.parametrize("size", [2, 3, 16])
 def test_blocks_along_any_axis(axis, size):
     weight = np.random.default_rng(0).standard_normal((5, 7, 4)).astype(np.float32)
-    stored, scale, _ = blocked(weight, blocks(size, axis, INT8))
+    stored, scale, _ = plain(weight, blocks(size, axis, INT8), weight)
     count = -(-weight.shape[axis] // size)
 
     assert stored.shape == weight.shape
