@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch  # noqa: TID253 - ResNet-20 is a module
 from common import SOURCE, image_folder, images, print_environment, print_table
+from layer_by_layer import each_alone
 from numpy.typing import NDArray
 from zoo import ZOO
 
@@ -44,6 +45,19 @@ CLOSENESS = (
     *("Network", "Samples", "Largest, LSB", "Median of samples", "Samples within 1 LSB"),
     *("ORT optimized: largest", "Median"),
 )
+ACCURACY = (
+    *("Network", "Samples", "FP32 top-1", "INT8 package", "Drop, points", "Same as QDQ", "Where FP32 is 2 LSB clear"),
+)
+ALONE = (
+    "Network",
+    "Samples",
+    "Layers",
+    "Integers they write",
+    "Of them not ORT's",
+    "By at most",
+    "Output by at most, LSB",
+)
+ALONE_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -152,29 +166,17 @@ def main() -> None:
     torch.set_num_threads(1)
     coremltools()
     print_environment()
-    rows, distances, accuracy = [], [], []
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {TITLES: [], CLOSENESS: [], ALONE: [], ACCURACY: []}
     for network in networks(arguments.images):
         if arguments.only in (None, network.name):
-            row, distance, scores = measure(network)
-            rows.append(row)
-            distances.append(distance)
-            accuracy += scores
-    print_table(TITLES, rows)
-    print_table(CLOSENESS, distances)
-    titles = (
-        "Network",
-        "Samples",
-        "FP32 top-1",
-        "INT8 package",
-        "Drop, points",
-        "Same as QDQ",
-        "Where FP32 is 2 LSB clear",
-    )
-    print_table(titles, accuracy)
+            for titles, rows in measure(network).items():
+                tables[titles] += rows
+    for titles, rows in tables.items():
+        print_table(titles, rows)
 
 
-def measure(network: Network) -> tuple[tuple[str, ...], tuple[str, ...], list[tuple[str, ...]]]:
-    """One row of each of the first two tables, and one of the third if the samples have labels."""
+def measure(network: Network) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """Its rows of each table; one of accuracy only if the samples have labels."""
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as name:
         folder = Path(name)
         for part in ("exported", "prepared", "quantized", "float", "int8"):
@@ -203,7 +205,29 @@ def measure(network: Network) -> tuple[tuple[str, ...], tuple[str, ...], list[tu
             f"{time_taken:.1f} s",
             f"{closeness.float_error:.1e}",
         )
-        return row, closeness.row(network.name), closeness.accuracy(network.name)
+        alone = _alone_row(network.name, artifact, quantized, list(islice(evaluation, ALONE_SAMPLES)))
+        return {
+            TITLES: [row],
+            CLOSENESS: [closeness.row(network.name)],
+            ALONE: [alone],
+            ACCURACY: closeness.accuracy(network.name),
+        }
+
+
+def _alone_row(name: str, artifact: Artifact, quantized: QuantizedModel, samples: list[Sample]) -> tuple[str, ...]:
+    """How far each layer is from ONNX Runtime's, given the same integers."""
+    found = each_alone(artifact.path, quantized.path, samples)
+    outputs = [found.pop(spec.name) for spec in quantized.float_model.outputs]
+    values, differing = (sum(getattr(each, part) for each in found.values()) for part in ("values", "differing"))
+    return (
+        name,
+        str(len(samples)),
+        str(len(found)),
+        f"{values:,}",
+        f"{differing:,} ({differing / values:.1e})",
+        f"{max(each.steps for each in found.values()):.0f}",
+        f"{max(each.steps for each in outputs):.4f}",
+    )
 
 
 def _quantized(model: FloatModel, calibration: Iterable[Sample], folder: Path) -> QuantizedModel:

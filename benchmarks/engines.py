@@ -7,24 +7,25 @@ python benchmarks/engines.py [--samples 200]
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from common import images, print_environment, print_table
 from networks import Network, networks
 from zoo import ZOO
 
 from qdeploy.backend import Artifact, Layer
+from qdeploy.backends.trt.engine import EngineRunner
 from qdeploy.collect import collect
+from qdeploy.device import cuda_devices
 from qdeploy.export import export, load
-from qdeploy.model import FloatModel, ModelSource, size_of_files
-from qdeploy.outcome import Job
+from qdeploy.model import DimRange, FloatModel, ModelSource, size_of_files
+from qdeploy.outcome import Built, Job
 from qdeploy.parity.compare import Comparison
 from qdeploy.parity.harness import against_float
 from qdeploy.parity.metrics import metric_from_name
@@ -36,6 +37,7 @@ from qdeploy.statistics import Statistics
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 PRECISIONS = ("int8", "fp16", "int8-fp16", "fp32")
+RUNS = 200
 
 
 def job_for(source: ModelSource, precision: str) -> Job:
@@ -60,6 +62,7 @@ def main() -> None:
     print_environment()
     _print_engines()
     _print_accuracy(arguments.samples)
+    _print_latency()
 
 
 def _print_engines() -> None:
@@ -70,19 +73,31 @@ def _print_engines() -> None:
             model = network.prepared(folder)
             statistics = collect(model, [Sample(network.sample)], workers=1)
             rows += [_engine_row(network, model, statistics, each, folder / each) for each in PRECISIONS]
-    titles = ("Network", "Precision", "Float model", "Plan", "Build", "Twice the same", "Convolutions and products")
+    titles = (
+        "Network",
+        "Precision",
+        "Float model",
+        "Plan",
+        "Build",
+        "Built twice",
+        "Of one size",
+        "Convolutions and products",
+    )
     print_table(titles, rows)
 
 
 def _engine_row(
     network: Network, model: FloatModel, statistics: Statistics, precision: str, folder: Path
 ) -> tuple[str, ...]:
-    job, artifact = job_for(network.source, precision), _artifact(network.source, model, statistics, precision, folder)
-    (folder / "again").mkdir()
+    artifact = _artifact(network.source, model, statistics, precision, folder)
     given = _given(model, artifact)
+    fixed = replace(
+        given, dims={name: DimRange(each.typical, each.typical, each.typical) for name, each in model.dims.items()}
+    )
     start = time.perf_counter()
-    again = job.backend.lower(given, precision, folder / "again", job.options)
-    seconds = time.perf_counter() - start
+    twice = [_lowered(network, given, precision, folder / name) for name in ("once", "again")]
+    seconds = (time.perf_counter() - start) / 2
+    twice_fixed = [_lowered(network, fixed, precision, folder / name) for name in ("once-fixed", "again-fixed")]
     kinds = Counter(layer.precision for layer in weighted_layers(artifact))
     return (
         network.name,
@@ -90,17 +105,23 @@ def _engine_row(
         f"{size_of_files((model.path,)) / 1e6:.1f} MB",
         f"{size_of_files((artifact.path,)) / 1e6:.1f} MB",
         f"{seconds:.1f} s",
-        _sameness(artifact.path.read_bytes(), again.path.read_bytes()),
+        _sameness(*twice),
+        _sameness(*twice_fixed),
         ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
     )
 
 
-def _sameness(first: bytes, second: bytes) -> str:
-    """Whether two plans of one model are equal; the builder numbers its tensors anew each time."""
-    if first == second:
+def _lowered(network: Network, given: FloatModel, precision: str, folder: Path) -> Artifact:
+    folder.mkdir()
+    job = job_for(network.source, precision)
+    return job.backend.lower(given, precision, folder, job.options)
+
+
+def _sameness(first: Artifact, second: Artifact) -> str:
+    """How far two engines of one model are equal."""
+    if first.path.read_bytes() == second.path.read_bytes():
         return "every byte"
-    unnumbered = (re.sub(rb"mye\d+", b"mye", plan) for plan in (first, second))
-    return "but for numbers in names" if len(set(unnumbered)) == 1 else "no"
+    return "every layer" if first.layers == second.layers else "no"
 
 
 def _given(model: FloatModel, artifact: Artifact) -> FloatModel:
@@ -112,10 +133,14 @@ def _artifact(source: ModelSource, model: FloatModel, statistics: Statistics, pr
     return _build(source, model, statistics, precision, folder).artifact
 
 
-def _build(source: ModelSource, model: FloatModel, statistics: Statistics, precision: str, folder: Path) -> Any:
+def _build(source: ModelSource, model: FloatModel, statistics: Statistics, precision: str, folder: Path) -> Built:
+    return _built(job_for(source, precision), model, statistics, folder)
+
+
+def _built(job: Job, model: FloatModel, statistics: Statistics, folder: Path) -> Built:
     for part in ("scratch", "bundle"):
         (folder / part).mkdir(parents=True)
-    making = Making(job_for(source, precision), model, statistics, calibration_reader("mse"), folder / "scratch")
+    making = Making(job, model, statistics, calibration_reader("mse"), folder / "scratch")
     return build(making, folder / "bundle")
 
 
@@ -143,6 +168,29 @@ def _print_accuracy(limit: int | None) -> None:
             rows += [(name, *_accuracy_cells(precision, each)) for precision, each in compared.items()]
     titles = ("Network", "Precision", "Metric", "FP32", "Drop", "95 % interval", "Relative drop", "Agreement", "SQNR")
     print_table(titles, rows)
+
+
+def _print_latency() -> None:
+    """Milliseconds on the device, where there is one: nothing else is called a latency."""
+    if not cuda_devices():
+        print("\nNo latency was measured: there is no CUDA device.")
+        return
+    rows = []
+    for network in networks(ZOO).values():
+        with tempfile.TemporaryDirectory(prefix="qdeploy-") as name:
+            folder = Path(name)
+            model = network.prepared(folder)
+            statistics = collect(model, [Sample(network.sample)], workers=1)
+            for precision in PRECISIONS:
+                request = TargetRequest("tensorrt", precision, {})
+                (job,) = look_up(Recipe(network.source, (request,)))
+                assert isinstance(job, Job)
+                artifact = _built(job, model, statistics, folder / precision).artifact
+                with EngineRunner(artifact.directory, job.options) as runner:
+                    times = np.array(runner.device_times_ms(network.sample, RUNS))
+                row = (network.name, precision, *(f"{np.percentile(times, q):.3f} ms" for q in (50, 90)))
+                rows.append(row)
+    print_table(("Network", "Precision", f"Median of {RUNS} runs, batch 2", "90th percentile"), rows)
 
 
 def _accuracy_cells(precision: str, each: Comparison) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qdeploy.backend import Artifact, Availability, Backend, Runner, no_progress
 from qdeploy.backends.coreml import contract as rules
@@ -22,6 +22,9 @@ from qdeploy.errors import InputError
 from qdeploy.graph import load_graph
 from qdeploy.model import FloatModel, ImageInput, QuantizedModel
 from qdeploy.scheme import Form, QuantContract
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 PACKAGE = "model.mlpackage"
 
@@ -106,9 +109,8 @@ class CoreML(Backend):
         on_progress(0.6)
         package = directory / PACKAGE
         save(lowered, wanted, package)
-        weights_only = isinstance(model, QuantizedModel) and model.contract.form is Form.WEIGHT_QDQ
         original = load_graph(origin.path)
-        found = layers(read_specification(package), original, graph, lowered.values, weights_only=weights_only)
+        found = layers(read_specification(package), original, graph, lowered.values, _weights_only(model, original))
         return Artifact(self.name, precision, directory, package.name, found)
 
     def open(self, artifact: Artifact, options: Options) -> Runner:
@@ -116,6 +118,16 @@ class CoreML(Backend):
         if sys.platform == "darwin":
             return Executed(artifact.path, options.units)
         return Interpreted(artifact.path)
+
+
+def _weights_only(model: FloatModel | QuantizedModel, original: ir.Model) -> frozenset[str]:
+    """Names of the nodes of which nothing but the weights was to be stored as integers."""
+    if not isinstance(model, QuantizedModel):
+        return frozenset()
+    if model.contract.form is Form.WEIGHT_QDQ:
+        return model.quantized_nodes
+    recurrent = {str(node.name) for node in original.graph if node.op_type in rules.RECURRENT}
+    return model.quantized_nodes & recurrent
 
 
 def _wanted(model: FloatModel, precision: str, options: Options) -> Wanted:

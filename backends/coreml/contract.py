@@ -31,6 +31,17 @@ _KEEP = "Leave it float, or make its weight a constant of the model."
 _PRODUCT = "A product of two activations gains too little to pay for quantizing both."
 
 
+_SMALLER = "constexpr_affine_dequantize, from iOS 16: a quarter of the size; it computes in float."
+
+RECURRENT = ("LSTM", "GRU")
+"""Operators of which the weights alone become integers: a sequence would be rounded at every step."""
+
+RECURRENT_RULES = (
+    *(OpRule(op, (Condition.CONSTANT_RECURRENCE,), {1: weight(1), 2: weight(1)}, reason=_SMALLER) for op in RECURRENT),
+    *(OpRule(op, reason=_COMPUTED, cure=_KEEP) for op in RECURRENT),
+)
+
+
 def _gemm(*when: Condition, axis: int, output: Scheme | None, reason: str) -> OpRule:
     return OpRule("Gemm", (CONSTANT, WITH_BIAS, *when), {0: ACTIVATION, 1: weight(axis)}, output, reason=reason)
 
@@ -53,6 +64,7 @@ INT8_RULES = (
     ),
     OpRule("MatMul", reason=_PRODUCT, cure=_KEEP),
     OpRule("Gather", (TABLE,), {0: weight(0)}, reason=_TABLE),
+    *RECURRENT_RULES,
     *(OpRule(op, (BETWEEN,), {0: ACTIVATION, 1: ACTIVATION}, ACTIVATION, reason=_JOIN) for op in ("Add", "Mul")),
     OpRule("Concat", (BETWEEN,), {}, ACTIVATION, reason=_JOIN),
     *(OpRule(op, (BETWEEN,), {0: ACTIVATION}, ACTIVATION, reason=_JOIN) for op in ("LeakyRelu", "Sigmoid")),
@@ -65,8 +77,6 @@ INT8_RULES = (
     OpRule("Resize", (Condition.NEAREST,), moves_values=True, reason=_MOVE),
 )
 
-_SMALLER = "constexpr_affine_dequantize, from iOS 16: a quarter of the size; it computes in float."
-
 WEIGHT_RULES = (
     OpRule("Conv", (CONSTANT,), {1: weight(0)}, reason=_SMALLER),
     OpRule("ConvTranspose", (CONSTANT,), {1: weight(1)}, reason=_SMALLER),
@@ -74,8 +84,8 @@ WEIGHT_RULES = (
     OpRule("Gemm", (CONSTANT,), {1: weight(1)}, reason=_SMALLER),
     OpRule("MatMul", (Condition.CONSTANT_MATRIX,), {1: weight(-1)}, reason=_SMALLER),
     OpRule("Gather", (TABLE,), {0: weight(0)}, reason=_TABLE),
-    OpRule("LSTM", (Condition.CONSTANT_RECURRENCE,), {1: weight(1), 2: weight(1)}, reason=_SMALLER),
-    *(OpRule(op, reason=_COMPUTED, cure=_KEEP) for op in ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM")),
+    *RECURRENT_RULES,
+    *(OpRule(op, reason=_COMPUTED, cure=_KEEP) for op in ("Conv", "ConvTranspose", "Gemm", "MatMul")),
 )
 
 CONTRACTS = {

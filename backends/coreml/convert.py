@@ -127,7 +127,7 @@ class Builder:
 
     def __init__(self, mb: Any) -> None:
         self._mb = mb
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
+        self._constants: dict[tuple[int, str, tuple[int, ...], bytes], Any] = {}
 
     def __getattr__(self, operation: str) -> Callable[..., Any]:
         """An operation that takes arrays, numbers and texts as they are."""
@@ -137,6 +137,8 @@ class Builder:
         return lambda **arguments: emit(**{name: self._shared(name, value) for name, value in arguments.items()})
 
     def _shared(self, name: str, value: Any) -> Any:
+        from coremltools.converters.mil.mil.block import curr_block
+
         if name in ("name", "values") or not isinstance(value, bool | str | list | np.generic | np.ndarray):
             return value
         array = np.asarray(value)
@@ -144,7 +146,7 @@ class Builder:
             array = array.astype(np.int32)
         if array.size > LARGEST_SHARED:
             return array
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (id(curr_block()), array.dtype.str, array.shape, array.tobytes())  # a loop's constants are its own
         if key not in self._constants:
             value = array.item() if array.dtype.kind in "bU" and not array.ndim else array[()]
             self._constants[key] = self._mb.const(val=value)

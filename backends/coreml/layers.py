@@ -67,7 +67,11 @@ class Program:
 
 
 def layers(
-    specification: Any, original: ir.Model, lowered: ir.Model, values: Mapping[str, str], *, weights_only: bool
+    specification: Any,
+    original: ir.Model,
+    lowered: ir.Model,
+    values: Mapping[str, str],
+    weights_only: AbstractSet[str] = frozenset(),
 ) -> tuple[Layer, ...]:
     """One layer for each node of the float model that computes real values.
 
@@ -76,7 +80,7 @@ def layers(
         original: The float model.
         lowered: The graph that was lowered.
         values: ONNX name → MIL name of every value of that graph.
-        weights_only: Whether nothing but weights was to be stored as integers.
+        weights_only: Names of the nodes of which nothing but the weights was to be stored as integers.
     """
     program = Program.of(specification)
     found: dict[str, str] = {}
@@ -98,7 +102,7 @@ def layers(
             result.append(Layer(str(node.name), node.op_type, "", (), None, (), "unknown"))
             continue
         together = tuple(other for other in found if found[other] == name and other != node.name)
-        result.append(_layer(program, node, name, together, named, weights_only=weights_only))
+        result.append(_layer(program, node, name, together, named, weights_only=node.name in weights_only))
     return tuple(result)
 
 

@@ -1,4 +1,4 @@
-"""TensorRT as a target: int8, fp16 and both, as engines with the ONNX models that they were built from."""
+"""TensorRT as a target: int8, fp16, both, and int4 weights, as engines with the models they were built from."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class TensorRT(Backend):
             return Availability(ok=False, reason="tensorrt builds on a machine with its GPU only", cure=CURE)
         return Availability(ok=True)
 
-    def contract(self, precision: str, options: Options) -> QuantContract:  # noqa: ARG002 - no option changes the rules
-        """Symmetric int8 without zero points, float biases, QDQ pairs before operators only."""
-        return rules.contract(precision)
+    def contract(self, precision: str, options: Options) -> QuantContract:
+        """Symmetric integers without zero points, float biases, QDQ pairs before operators only."""
+        return rules.contract(precision, options)
 
-    def check(self, model: FloatModel, precision: str, options: Options) -> None:  # noqa: ARG002 - all are alike here
-        """Every dynamic dimension has a range, and TensorRT can read every node."""
+    def check(self, model: FloatModel, precision: str, options: Options) -> None:
+        """Every architecture has the kernels, every dynamic dimension a range, and TensorRT can read every node."""
+        rules.check_architectures(questions.load_graph(model.path), precision, options)
         profile(model.inputs, model.dims)
         check_parses(library(), model.path)
 

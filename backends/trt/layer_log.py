@@ -120,11 +120,25 @@ def _layer(node: ir.Node, hosts: Sequence[BuiltLayer], known: set[str]) -> Layer
     name = str(node.name)
     if host is None:
         return Layer(name, node.op_type, "", (), None, (), "unknown")
-    weight = max(host.constants, key=lambda tensor: tensor.size, default=None) if questions.has_weight(node) else None
+    weights = _weights(node, host)
     inputs, outputs = (tuple(tensor.type for tensor in part) for part in (host.inputs, host.outputs))
     fused_with = tuple(other for other in host.nodes if other in known and other != name)
-    weights = weight.type if weight is not None else None
     return Layer(name, node.op_type, host.name, inputs, weights, outputs, _precision(node, host, weights), fused_with)
+
+
+def _weights(node: ir.Node, host: BuiltLayer) -> str | None:
+    """The type of the constant that a node multiplies by or looks up in; None if it has none.
+
+    A layer may hold several tables: of those as large as the node's own, all must be of one type.
+    """
+    if questions.has_weight(node):
+        largest = max(host.constants, key=lambda tensor: tensor.size, default=None)
+        return largest.type if largest is not None else None
+    table = questions.constant(node.inputs[0]) if node.op_type == "Gather" else None
+    if table is None or not host.constants:
+        return None
+    types = {tensor.type for tensor in host.constants if tensor.size == table.size}
+    return types.pop() if len(types) == 1 else "unknown"
 
 
 def _host(node: ir.Node, hosts: Sequence[BuiltLayer]) -> BuiltLayer | None:
@@ -138,8 +152,11 @@ def _host(node: ir.Node, hosts: Sequence[BuiltLayer]) -> BuiltLayer | None:
 def _precision(node: ir.Node, host: BuiltLayer, weights: str | None) -> str:
     """What a node computes in: integers where its layer multiplies integers, or moves nothing else.
 
-    A layer that multiplies by a weight without having it as a constant reads it as another layer unpacked it.
+    A layer that multiplies by a weight without having it as a constant reads it as another layer unpacked it. Integers
+    of 4 bits are those of weights alone: what a layer has as such a constant, it unpacks itself.
     """
+    if weights in ("int4", "unknown"):
+        return weights
     reads, written = ([tensor.type for tensor in part] for part in (host.inputs, host.outputs))
     if questions.has_weight(node):
         in_integers = weights == "int8" == reads[0] if reads and host.kind in MULTIPLIES_INTEGERS else False

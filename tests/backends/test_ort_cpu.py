@@ -82,6 +82,7 @@ QUANTIZED = {
     "MatMul by a batch of weights": alone("[n] y = MatMul (x, w)", "float[2,4,5] w", "2,3,4"),
     "MatMul and Add, dynamic": alone("[n] m = MatMul (x, w)\n[a] y = Add (m, b)", "float[4,5] w, float[5] b", "N,S,4"),
     "MatMul of rank 3 and Add": alone("[n] m = MatMul (x, w)\n[a] y = Add (b, m)", "float[4,5] w, float[5] b", "2,3,4"),
+    "Gather of rows": alone("i = Cast <to=7> (x)\n[n] y = Gather (w, i)", "float[8,6] w", "2,3"),
     "Add": between("[n] z = Add (c, d)"),
     "Add a constant": between("[n] z = Add (c, k)", ", float[1,4,1,1] k"),
     "Add and Relu": between("[n] a = Add (c, d)\n[r] z = Relu (a)"),

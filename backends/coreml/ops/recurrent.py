@@ -1,22 +1,22 @@
-"""LSTM, which MIL has, and GRU, which is unrolled: MIL's own puts a bias where no framework has it."""
+"""LSTM, which MIL has, and GRU, step by step: MIL's own puts a bias where no framework has it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.backends.coreml.call import Call, Handler, IntegerConstant, Operand
+from qdeploy.backends.coreml.call import Call, Handler, IntegerConstant, Operand, is_static
 from qdeploy.backends.coreml.ops.shape import dimension, vector
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 LONGEST = 512
-"""Steps to which a GRU is unrolled at most: each becomes about ten operations."""
+"""Steps to which a GRU is unrolled at most, each about ten operations; longer or dynamic ones become a loop."""
 
 LSTM_ORDER, GRU_ORDER = (0, 2, 1, 3), (0, 1, 2)
 """ONNX's gates i, o, f, c in MIL's order i, f, o, c; z, r, h stay."""
@@ -26,10 +26,10 @@ ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Relu": "relu"}
 ATTRIBUTES = ("activations", "clip", "direction", "hidden_size", "layout")
 
 
-def of_direction(operand: Operand, direction: int, order: Sequence[int]) -> Operand:
-    """One direction's weight [gates · hidden, n], its gates in another order."""
+def of_direction(operand: Operand, direction: int, order: Sequence[int], gates: int) -> Operand:
+    """One direction's weight [gates · hidden, n]: of these gates, in this order."""
     data = operand.data if isinstance(operand, IntegerConstant) else operand
-    rows = np.concatenate([np.split(np.arange(data.shape[1]), len(order))[gate] for gate in order])
+    rows = np.concatenate([np.split(np.arange(data.shape[1]), gates)[gate] for gate in order])
     chosen = np.ascontiguousarray(data[direction][rows])
     if not isinstance(operand, IntegerConstant):
         return chosen
@@ -93,8 +93,8 @@ def lstm(call: Call) -> Any:
     parameters = {}
     directions = len(DIRECTIONS[direction])
     for index, suffix in zip(range(directions), ("", "_back"), strict=False):
-        parameters[f"weight_ih{suffix}"] = call.emitted(of_direction(call.operands[1], index, LSTM_ORDER))
-        parameters[f"weight_hh{suffix}"] = call.emitted(of_direction(call.operands[2], index, LSTM_ORDER))
+        parameters[f"weight_ih{suffix}"] = call.emitted(of_direction(call.operands[1], index, LSTM_ORDER, 4))
+        parameters[f"weight_hh{suffix}"] = call.emitted(of_direction(call.operands[2], index, LSTM_ORDER, 4))
         parameters[f"bias{suffix}"] = np.add(*biases(call, index, LSTM_ORDER, hidden))
         if call.has(7):
             into, out, forget = np.split(call.known(7)[index], 3)
@@ -114,41 +114,40 @@ def lstm(call: Call) -> Any:
 
 
 def gru(call: Call) -> Any:
-    """Every step of every direction as products and sums."""
+    """Every direction as products and sums: step after step, or in a loop."""
     mb, hidden, x = call.mb, call.integer("hidden_size", 0), sequence_first(call)
     backwards = DIRECTIONS[call.text("direction", "forward")]
     state = initial_state(call, 5, x, hidden, len(backwards))
     states = mb.split(x=state, num_splits=np.int32(2), axis=np.int32(1)) if len(backwards) == 2 else [state]
     sequences, last = [], []
     for index, (backward, begin) in enumerate(zip(backwards, states, strict=True)):
-        outputs = gru_steps(call, x, index, begin, backward=backward)
-        last.append(outputs[0 if backward else -1])
-        sequences.append(mb.stack(values=outputs, axis=np.int32(0)))
+        of_input, of_state = biases(call, index, GRU_ORDER, hidden)
+        weight = call.emitted(of_direction(call.operands[1], index, GRU_ORDER, 3))
+        projected = mb.linear(x=x, weight=weight, bias=of_input)
+        step = gru_step(call, index, of_state)
+        steps = projected.shape[0]
+        run = unrolled if is_static([steps]) and steps <= LONGEST else looped
+        sequence, end = run(mb, step, projected, begin, backward=backward)
+        sequences.append(sequence)
+        last.append(end)
     joined = [mb.concat(values=v, axis=np.int32(-1)) if len(v) > 1 else v[0] for v in (sequences, last)]
     return results(call, joined[0], joined[1:], len(backwards))
 
 
-def gru_steps(call: Call, x: Any, index: int, h: Any, *, backward: bool) -> list[Any]:
-    """The hidden state after each step, in the order of the input (ONNX, GRU).
+Step = Callable[[Any, Any], Any]
+"""From one step's projected input [batch, 3 · hidden] and the state [batch, hidden] to the next state."""
+
+
+def gru_step(call: Call, index: int, of_state: NDArray[Any]) -> Step:
+    """One step of one direction (ONNX, GRU).
 
     z = f(Wz·x + Rz·h), r = f(Wr·x + Rr·h), n = g(Wh·x + r ∘ (Rh·h)) or g(Wh·x + Rh·(r ∘ h)), h' = (1 − z) ∘ n + z ∘ h
     """
-    mb, hidden, steps = call.mb, call.integer("hidden_size", 0), x.shape[0]
-    of_input, of_state = biases(call, index, GRU_ORDER, hidden)
-    recurrence = of_direction(call.known(2), index, GRU_ORDER)
-    gates_weight, new_weight = (mb.const(val=part) for part in np.split(recurrence, [2 * hidden]))
+    mb, hidden = call.mb, call.integer("hidden_size", 0)
+    gates_weight, new_weight = (_recurrence(call, index, gates) for gates in (GRU_ORDER[:2], GRU_ORDER[2:]))
     gates_bias, new_bias = (mb.const(val=part) for part in np.split(of_state, [2 * hidden]))
-    weight = call.emitted(of_direction(call.operands[1], index, GRU_ORDER))
-    projected = mb.linear(x=x, weight=weight, bias=of_input)
-    outputs: dict[int, Any] = {}
-    for step in reversed(range(steps)) if backward else range(steps):
-        now = mb.slice_by_index(
-            x=projected,
-            begin=[step, 0, 0],
-            end=[step + 1, 0, 0],
-            end_mask=[False, True, True],
-            squeeze_mask=[True, False, False],
-        )
+
+    def step(now: Any, h: Any) -> Any:
         z_in, r_in, n_in = mb.split(x=now, num_splits=np.int32(3), axis=np.int32(1))
         gates = mb.linear(x=h, weight=gates_weight, bias=gates_bias)
         z_h, r_h = mb.split(x=gates, num_splits=np.int32(2), axis=np.int32(1))
@@ -158,9 +157,54 @@ def gru_steps(call: Call, x: Any, index: int, h: Any, *, backward: bool) -> list
         else:
             n_h = mb.linear(x=mb.mul(x=r, y=h), weight=new_weight, bias=new_bias)
         n = mb.tanh(x=mb.add(x=n_in, y=n_h))
-        h = mb.add(x=n, y=mb.mul(x=z, y=mb.sub(x=h, y=n)))
-        outputs[step] = h
-    return [outputs[step] for step in range(steps)]
+        return mb.add(x=n, y=mb.mul(x=z, y=mb.sub(x=h, y=n)))
+
+    return step
+
+
+def _recurrence(call: Call, index: int, gates: Sequence[int]) -> Any:
+    """The recurrence weight of some gates as a variable: all steps read the same one."""
+    weight = call.emitted(of_direction(call.operands[2], index, gates, 3))
+    return call.mb.const(val=weight) if isinstance(weight, np.ndarray) else weight
+
+
+def unrolled(mb: Any, step: Step, projected: Any, h: Any, *, backward: bool) -> tuple[Any, Any]:
+    """The states of all steps [steps, batch, hidden], in the order of the input, and the last that was computed."""
+    steps = projected.shape[0]
+    outputs: dict[int, Any] = {}
+    for place in reversed(range(steps)) if backward else range(steps):
+        now = mb.slice_by_index(
+            x=projected,
+            begin=[place, 0, 0],
+            end=[place + 1, 0, 0],
+            end_mask=[False, True, True],
+            squeeze_mask=[True, False, False],
+        )
+        outputs[place] = h = step(now, h)
+    return mb.stack(values=[outputs[place] for place in range(steps)], axis=np.int32(0)), h
+
+
+def looped(mb: Any, step: Step, projected: Any, h: Any, *, backward: bool) -> tuple[Any, Any]:
+    """The same for any number of steps: a loop writes each state into its place."""
+    steps = dimension(mb, projected, 0)
+    shape = vector(mb, [steps, dimension(mb, projected, 1), h.shape[1]])
+    sequence = mb.fill(shape=shape, value=np.float32(0))
+    last = mb.sub(x=steps, y=np.int32(1))
+
+    def is_before_the_end(done: Any, _h: Any, _sequence: Any) -> Any:
+        return mb.less(x=done, y=steps)
+
+    def one_more(done: Any, h: Any, sequence: Any) -> tuple[Any, Any, Any]:
+        place = mb.sub(x=last, y=done) if backward else done
+        now = mb.squeeze(x=mb.gather(x=projected, indices=place, axis=np.int32(0)), axes=np.array([0], np.int32))
+        h = step(now, h)
+        updates = mb.expand_dims(x=h, axes=np.array([0], np.int32))
+        sequence = mb.scatter(data=sequence, indices=place, updates=updates, axis=np.int32(0), mode="update")
+        return mb.add(x=done, y=np.int32(1)), h, sequence
+
+    begin = mb.const(val=np.array([0], np.int32))
+    _, h, sequence = mb.while_loop(_cond=is_before_the_end, _body=one_more, loop_vars=(begin, h, sequence))
+    return sequence, h
 
 
 def activations(node: ir.Node, default: Sequence[str]) -> list[str]:
@@ -188,17 +232,11 @@ def lstm_objections(node: ir.Node) -> Iterator[str]:
 
 
 def gru_objections(node: ir.Node) -> Iterator[str]:
-    """It is unrolled: the number of steps must be known, and moderate."""
+    """Its activations are those that every framework has."""
     yield from _common_objections(node)
     chosen = activations(node, ("Sigmoid", "Tanh"))
     if set(zip(chosen[::2], chosen[1::2], strict=True)) != {("Sigmoid", "Tanh")}:
         yield f"activations={','.join(chosen)}"
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    steps = shape[node.attributes.get_int("layout", 0)] if shape is not None else None
-    if not isinstance(steps, int):
-        yield "a dynamic number of steps (give the sequence a fixed length, or use an LSTM)"
-    elif steps > LONGEST:
-        yield f"{steps} steps (at most {LONGEST} are unrolled; use an LSTM)"
 
 
 HANDLERS = {

@@ -67,6 +67,22 @@ def test_weights_alone_count_as_int8_where_nothing_else_was_asked_for(tmp_path):
     assert layers(artifact)["l"].precision == "int8"
 
 
+@pytest.mark.parametrize("op_type", ["LSTM", "GRU"])
+def test_recurrent_weights_are_int8_among_floats(op_type, tmp_path):
+    gates = {"LSTM": 4, "GRU": 3}[op_type]
+    text = net(
+        f"[l] a = {op_type} <hidden_size=3> (x, w, r)\n[s] s = Squeeze (a, d)\n[m] y = MatMul (s, v)",
+        f"float[1,{3 * gates},4] w, float[1,{3 * gates},3] r, float[3,4] v, int64[1] d = {{1}}",
+        "float[S,2,4] x",
+    )
+    model, artifact = lowered(text, tmp_path, "int8")
+    found = layers(artifact)
+
+    assert model.quantized_nodes == {"l", "m"}
+    assert (found["l"].precision, found["l"].weights, found["l"].inputs[0]) == ("int8", "int8", "fp32")
+    assert (found["m"].precision, found["m"].weights, found["m"].inputs[0]) == ("int8", "int8", "uint8")
+
+
 def test_a_weight_that_is_float_in_the_package_is_not_called_int8(tmp_path, monkeypatch):
     from qdeploy.backends.coreml import call, package
 

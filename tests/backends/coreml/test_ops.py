@@ -112,6 +112,23 @@ FORMS = {
         "float[5,N,4] x",
         "float y, float h",
     ),
+    "GRU of any length, both directions": net(
+        'y, h = GRU <hidden_size=3, linear_before_reset=1, direction="bidirectional"> (x, w, r, b, , i)',
+        "float[2,9,4] w, float[2,9,3] r, float[2,18] b",
+        "float[S,N,4] x, float[2,N,3] i",
+        "float y, float h",
+    ),
+    "GRU of many steps, backwards": net(
+        'y, h = GRU <hidden_size=3, direction="reverse"> (x, w, r, b)',
+        "float[1,9,4] w, float[1,9,3] r, float[1,18] b",
+        "float[513,N,4] x",
+        "float y, float h",
+    ),
+    "two GRUs of any length": net(
+        "a = GRU <hidden_size=3> (x, w, r)\ns = Squeeze (a, d)\ny = GRU <hidden_size=3> (s, v, r)",
+        "float[1,9,4] w, float[1,9,3] r, float[1,9,3] v, int64[1] d = {1}",
+        "float[S,N,4] x",
+    ),
     "LayerNormalization over two axes": net(
         "y = LayerNormalization <axis=-2> (x, w, b)", "float[3,4] w, float[3,4] b", "float[N,3,4] x"
     ),
@@ -164,6 +181,21 @@ QUANTIZED = {
         "d = GlobalAveragePool (c)\ne = Flatten (d)\ny = Gemm (e, v)",
         "float[4,3,3,3] w, float[4,5] v",
     ),
+    "LSTM": net(
+        'y, h, c = LSTM <hidden_size=3, direction="bidirectional"> (x, w, r, b)',
+        "float[2,12,4] w, float[2,12,3] r, float[2,24] b",
+        "float[S,N,4] x",
+    ),
+    "GRU": net(
+        "y, h = GRU <hidden_size=3> (x, w, r, b, , i)",
+        "float[1,9,4] w, float[1,9,3] r, float[1,18] b, float[1,2,3] i",
+        "float[5,2,4] x",
+    ),
+    "GRU of any length": net(
+        "y, h = GRU <hidden_size=3, linear_before_reset=1> (x, w, r, b)",
+        "float[1,9,4] w, float[1,9,3] r, float[1,18] b",
+        "float[S,N,4] x",
+    ),
     "Concat": net(
         "a = Conv (x, w)\nb = Conv (x, v)\nc = Concat <axis=1> (a, b)\ny = Conv (c, u)",
         "float[4,3,1,1] w, float[2,3,1,1] v, float[3,6,1,1] u",
@@ -187,12 +219,6 @@ def test_int8_gives_what_its_qdq_graph_gives(text, tmp_path):
 REFUSED = {
     "sequence_lens": net(
         "y = LSTM <hidden_size=3> (x, w, r, , l)", "float[1,12,4] w, float[1,12,3] r", "float[5,2,4] x, int32[2] l"
-    ),
-    "a dynamic number of steps": net(
-        "y = GRU <hidden_size=3> (x, w, r)", "float[1,9,4] w, float[1,9,3] r", "float[S,N,4] x"
-    ),
-    "at most 512 are unrolled": net(
-        "y = GRU <hidden_size=3> (x, w, r)", "float[1,9,4] w, float[1,9,3] r", "float[513,1,4] x"
     ),
     "its input 1 ('w') must be constant": net("y = Conv (x, w)", "", "float[1,3,4,4] x, float[2,3,3,3] w"),
     "has 6 dimensions; Core ML takes at most 5": net("y = Relu (x)", "", "float[1,2,1,2,1,2] x"),

@@ -134,6 +134,17 @@ def test_an_artifact_is_the_plan_with_its_model(precision, tmp_path):
     assert artifact.path.read_bytes()[:4] == b"vtrt"
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp16", "int8-fp16", "fp32"])
+def test_two_exports_of_one_size_are_equal_in_every_byte(precision, tmp_path):
+    folders = [tmp_path / name for name in ("once", "again")]
+    for folder in folders:
+        folder.mkdir()
+
+    once, again = (lowered(NET, folder, precision)[0].directory for folder in folders)
+
+    assert {p.name: p.read_bytes() for p in once.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
 def test_a_half_network_runs_in_half(tmp_path):
     artifact, _ = lowered(NET, tmp_path, "fp16")
 
@@ -238,15 +249,67 @@ def test_architectures_that_are_refused(arch, what):
     assert what in str(caught.value)
 
 
-def test_a_float_product_on_turing_is_refused_with_its_cure(tmp_path):
-    text = alone("[n] y = Gemm (x, w)", "float[16,8] w", "2,16")
+PRODUCT = alone("[n] y = Gemm (x, w)", "float[16,8] w", "2,16")
+SEQUENCE = alone("[n] y, h, c = LSTM <hidden_size=3> (x, w, r)", "float[1,12,4] w, float[1,12,3] r", "5,2,4")
+TURING = Options(arch=("sm75", "sm89"))
 
+
+@pytest.mark.parametrize(
+    ("text", "precision", "lacking"),
+    [
+        (PRODUCT, "fp32", "products in float32"),
+        (PRODUCT, "int8", "products in float32"),
+        (SEQUENCE, "fp32", "products in float32"),
+        (FLOAT["MatMul of two activations"], "int8", "products in float32"),
+        (QUANTIZED["Conv"], "int8", "INT8 convolutions"),
+        (QUANTIZED["Conv"], "int8-fp16", "INT8 convolutions"),
+    ],
+)
+def test_kernels_that_turing_lacks_are_told_before_calibration(text, precision, lacking, tmp_path):
     with pytest.raises(UnavailableError) as caught:
-        lowered(text, tmp_path, "fp32", Options(arch=("sm75",)))
+        TensorRT().check(float_model(text, tmp_path), precision, TURING)
+
+    assert str(caught.value) == (
+        f"TensorRT-RTX has no {lacking} for sm75, and {precision} needs them: n. "
+        "Choose fp16 for sm75, or leave it out of tensorrt.arch."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "precision", "kind"),
+    [
+        (PRODUCT, "int8-fp16", "int8"),
+        (PRODUCT, "fp16", "fp16"),
+        (SEQUENCE, "fp16", "fp16"),
+        (QUANTIZED["Conv"], "fp32", "fp32"),
+        (QUANTIZED["Conv"], "fp16", "fp16"),
+        (FLOAT["Conv depthwise"], "int8", "fp32"),
+    ],
+)
+def test_what_turing_has_is_built_for_it(text, precision, kind, tmp_path):
+    TensorRT().check(float_model(text, tmp_path), precision, TURING)
+    (tmp_path / "built").mkdir()
+
+    artifact, _ = lowered(text, tmp_path / "built", precision, TURING)
+
+    assert [layer.precision for layer in artifact.layers if layer.node == "n"] == [kind]
+
+
+def test_the_builder_has_no_float_product_for_turing(tmp_path):
+    """What is told before calibration, from the builder itself: a node that the user keeps in float comes this far."""
+    with pytest.raises(UnavailableError) as caught:
+        lowered(PRODUCT, tmp_path, "fp32", Options(arch=("sm75",)))
 
     assert "'n' for Turing (SM75): FP32 GEMM is not supported" in str(caught.value)
     assert str(caught.value).endswith("Choose fp16 or int8-fp16 for sm75, or leave it out of tensorrt.arch.")
     assert "catchCudaError" not in str(caught.value)
+
+
+def test_the_builder_has_no_int8_convolution_for_turing(tmp_path):
+    artifact, quantized = lowered(QUANTIZED["Conv"], tmp_path, "int8-fp16", TURING)
+
+    assert quantized == {"n"}
+    assert [layer.precision for layer in artifact.layers] == ["fp16"], "for sm89, too, since it is the same plan"
 
 
 def test_a_workspace_that_is_too_small_is_told(tmp_path):

@@ -8,7 +8,12 @@ import pytest
 
 from benchmarks.networks import networks
 from benchmarks.zoo import ZOO
+from qdeploy.backends.trt.build import build as build_engine
+from qdeploy.backends.trt.build import profile
+from qdeploy.backends.trt.contract import Options
+from qdeploy.backends.trt.library import library
 from qdeploy.collect import collect
+from qdeploy.model import DimRange
 from qdeploy.outcome import Job
 from qdeploy.pipeline import Making, build, calibration_reader, look_up
 from qdeploy.recipe import Recipe, TargetRequest
@@ -77,6 +82,24 @@ def test_half_is_half_and_half_the_size(prepared, tmp_path):
     assert half.artifact.path.stat().st_size < 0.6 * weights + 3e6, "kernels take a few megabytes"
     with half.subject().runner as runner:
         assert runner.run(prepared[0].sample)
+
+
+@pytest.mark.parametrize("prepared", ["ResNet-50", "U-Net"], indirect=True)
+def test_two_builds_are_equal_in_every_byte_for_one_size_and_in_every_layer_for_many(prepared, tmp_path):
+    """Where sizes vary, the builder numbers the tensors that hold sizes by where they lie in memory."""
+    network, model, _ = prepared
+    path = built(prepared, "int8", tmp_path).artifact.directory / "model.onnx"
+    options = Options(arch=tuple(ARCHITECTURES.split(",")))
+    one_size = {name: DimRange(each.typical, each.typical, each.typical) for name, each in model.dims.items()}
+
+    fixed, varying = (
+        [build_engine(library(), path, profile(model.inputs, dims), options) for _ in range(2)]
+        for dims in (one_size, model.dims)
+    )
+
+    assert fixed[0] == fixed[1], network.name
+    assert varying[0].layer_log == varying[1].layer_log
+    assert "Layers:" in varying[0].layer_log
 
 
 @pytest.mark.data

@@ -1,15 +1,18 @@
 """Profiles, progress, whether a plan fits, and the simulation of float16: what needs no builder."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qdeploy.backends.trt import engine
 from qdeploy.backends.trt.build import Phases, profile
 from qdeploy.backends.trt.contract import Options
-from qdeploy.backends.trt.engine import Record, misfit
+from qdeploy.backends.trt.engine import EngineRunner, Record, misfit
 from qdeploy.backends.trt.simulation import Simulated
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, UnavailableError
 from qdeploy.model import DimRange, TensorSpec
 
 RTX = "tensorrt_rtx"
@@ -94,6 +97,83 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 def test_a_negative_workspace_is_refused():
     with pytest.raises(InputError, match=r"tensorrt\.workspace_mib cannot be -1\. Give MiB, or 0"):
         Options(workspace_mib=-1)
+
+
+class Device:
+    """What stands in for torch with CUDA and for an engine: a clock that runs, and what was asked of it, in order."""
+
+    def __init__(self):
+        self.clock, self.asked, self.fails = 0.0, [], False
+        self.cuda = SimpleNamespace(current_stream=lambda: self, Event=self.event)
+        self.cuda_stream, self.float32 = 7, "float32"
+
+    def event(self, *, enable_timing):
+        mark = SimpleNamespace(at=None)
+        mark.record = lambda stream: setattr(mark, "at", stream.clock)
+        mark.elapsed_time = lambda other: other.at - mark.at
+        assert enable_timing
+        return mark
+
+    def from_numpy(self, array):
+        return SimpleNamespace(cuda=lambda: self.empty(array.shape))
+
+    def empty(self, shape, **_):
+        return SimpleNamespace(
+            shape=shape, data_ptr=lambda: 1, cpu=lambda: SimpleNamespace(numpy=lambda: np.zeros(shape))
+        )
+
+    def synchronize(self):
+        self.asked.append("wait")
+
+    def set_input_shape(self, _name, shape):
+        return shape[0] <= 4
+
+    def get_tensor_shape(self, _name):
+        return (1,)
+
+    def set_tensor_address(self, _name, address):
+        assert address
+
+    def execute_async_v3(self, stream):
+        self.asked.append(stream)
+        self.clock += len(self.asked)  # the first run takes 1 ms, the second 2, …
+        return not self.fails
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    """A runner within `with`, on the stand-in."""
+    from tests.contracts.backend_contract import float_model
+
+    model = float_model("net (float[n,2] x) => (float[n,2] y) { y = Relu (x) }", tmp_path)
+    runner, stand_in = EngineRunner(model.path.parent, Options()), Device()
+    monkeypatch.setattr(runner, "_context", stand_in)
+    monkeypatch.setattr(engine, "_torch", lambda: stand_in)
+    return runner, stand_in
+
+
+def test_device_times_are_those_between_events_after_one_run(device):
+    runner, stand_in = device
+
+    times = runner.device_times_ms({"x": np.zeros((2, 2), np.float32)}, 3)
+
+    assert times == (2.0, 3.0, 4.0)
+    assert stand_in.asked == [7, 7, 7, 7, "wait"]
+
+
+def test_an_engine_that_fails_on_the_device_is_told(device):
+    runner, stand_in = device
+    stand_in.fails = True
+
+    with pytest.raises(UnavailableError, match=r"model\.plan failed on the device"):
+        runner.device_times_ms({"x": np.zeros((2, 2), np.float32)}, 3)
+
+
+def test_a_shape_outside_the_profile_is_refused(device):
+    runner, _ = device
+
+    with pytest.raises(InputError, match=r"not built for x of shape \[5, 2\]\. Export again with --dim ranges"):
+        runner.run({"x": np.zeros((5, 2), np.float32)})
 
 
 def half_model(nodes, path, constants=()):

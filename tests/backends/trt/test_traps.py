@@ -188,6 +188,36 @@ def test_the_builder_does_run_it_in_float(op_type, changes, attributes, nodes, t
     assert precision_of(path) == "fp32"
 
 
+def attention(path, axis):
+    """x ─► one product for queries, keys and values ─► heads ─► three Gathers ─► softmax(q·kᵀ)·v, as ViTs have it."""
+    net = Net()
+    weight = net.stored("w", (64, 192), axis=axis)
+    net.node("Add", [net.node("MatMul", [net.pair("x"), weight], "qkv"), net.constant("b", np.ones(192, "f"))], "sum")
+    net.node("Reshape", ["sum", net.constant("heads", np.array([2, -1, 3, 4, 16]))], "by_head")
+    net.node("Transpose", ["by_head"], "parts", perm=[2, 0, 3, 1, 4])
+    for index, name in enumerate("qkv"):
+        net.node("Gather", ["parts", net.constant(f"{name}_index", np.array(index))], name, axis=0)
+    net.node("MatMul", ["q", net.node("Transpose", ["k"], "k_turned", perm=[0, 1, 3, 2])], "scores")
+    net.node("MatMul", [net.node("Softmax", ["scores"], "shares"), "v"], "y")
+    return net.save(path, shape=(2, 8, 64))
+
+
+def test_scales_of_queries_keys_and_values_in_one_product_are_named(tmp_path):
+    found = said(attention(tmp_path / "m.onnx", axis=1))
+
+    assert found == {
+        "qkv": "input 1 ('w_dq') is stored as int8 symmetric per-channel (axis 1); "
+        "tensorrt takes int8 symmetric per-tensor"
+    }
+    assert said(attention(tmp_path / "m.onnx", axis=None)) == {}
+
+
+@needs_builder
+@pytest.mark.parametrize(("axis", "kind"), [(1, "fp32"), (None, "int8")])
+def test_the_builder_takes_one_scale_for_queries_keys_and_values(axis, kind, tmp_path):
+    assert precision_of(attention(tmp_path / "m.onnx", axis), "qkv") == kind
+
+
 def test_every_offending_node_is_named_not_the_first_alone(tmp_path):
     net, value = Net(), "x"
     for index in range(3):
@@ -214,9 +244,11 @@ def test_a_quantized_constant_of_a_float_operator_is_named(tmp_path):
     net = Net()
     net.node("Mul", [net.pair("x"), net.stored("factor", (), axis=None)], "y")
 
-    found = said(net.save(tmp_path / "m.onnx"))
+    path = net.save(tmp_path / "m.onnx")
 
-    assert found == {"y": "it runs in float, but its constant 'factor_dq' is stored as integers"}
+    assert said(path) == {"y": "it runs in float, but its constant 'factor_dq' is stored as integers"}
+    if find_spec("tensorrt_rtx"):
+        assert "Quantized constant (factor_int) is only allowed before DQ" in refused(path)
 
 
 def test_a_quantization_without_a_zero_point_means_two_things(tmp_path):
@@ -233,11 +265,13 @@ def test_a_scale_of_another_type_than_its_tensor_is_named(tmp_path):
     net = Net()
     net.node("Cast", ["x"], "half", to=TensorProto.FLOAT16)
     net.pair("half")
-    net.node("MatMul", ["half_dq", net.stored("w", (8, 8), axis=1)], "y")
+    net.node("MatMul", ["half_dq", net.stored("w", (8, 8), axis=1, kind=np.float16)], "y")
 
     path = net.save(tmp_path / "m.onnx", shape=(2, 8))
 
     assert said(path, "int8-fp16") == {"half_q": "its scale is FLOAT, and what it quantizes is FLOAT16"}
+    if find_spec("tensorrt_rtx"):
+        assert "must have same input types" in refused(path)
 
 
 @pytest.mark.parametrize("op_type", ["QLinearConv", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"])
