@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 
 from qdeploy import graph as questions
 from qdeploy.affine import sqnr_db
+from qdeploy.archive import require_modest, require_plain_paths
 from qdeploy.backend import Arrays, Evidence, Runner
 from qdeploy.errors import InputError, UnavailableError
+from qdeploy.marks import take_marks
 from qdeploy.model import DimRange, FloatModel, ModelSource, TensorSpec
+from qdeploy.plan import Learned
 from qdeploy.prepare import OPSET, refuse_quantized
 from qdeploy.registry import suggestion
 from qdeploy.samples.callables import load_callable, user_code
@@ -34,6 +37,9 @@ from qdeploy.session import SessionRunner
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """The environment variable that makes torch.load refuse all but tensors and plain values."""
+
+LEARNED = "qdeploy.learned"
+"""Where a torch.fx module keeps what training settled: copies of it keep this, and nothing else that is not its own."""
 
 CHECKED_SAMPLES = 4
 LOWEST_SQNR_DB = 50.0
@@ -61,6 +67,12 @@ class LoadedModel:
     examples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> Learned | None:
+        """The ranges and scales that training settled, if `qdeploy.qat.finish` gave the module."""
+        meta = getattr(self.module, "meta", None)
+        return meta.get(LEARNED) if isinstance(meta, dict) else None
 
     @property
     def name(self) -> str:
@@ -97,7 +109,11 @@ def load(source: ModelSource) -> LoadedModel:
         what = f"The forward of {type(module).__name__} has no named arguments."
         raise InputError(what, "Name the inputs: --input 'image=float32[batch,3,224,224]'.")
     ranks = {name: array.ndim for name, array in named.items()} | _ranks(source.inputs)
-    return LoadedModel(source, names, module, examples=named, ranks=ranks, notes=notes)
+    loaded = LoadedModel(source, names, module, examples=named, ranks=ranks, notes=notes)
+    if loaded.learned is None:
+        return loaded
+    trained = f"Ranges and scales were learned in training for {loaded.learned.target}"
+    return replace(loaded, notes=(*notes, f"{trained}; FP32 is the trained model with its weights already rounded."))
 
 
 def export(loaded: LoadedModel, samples: Iterable[Sample], directory: Path) -> FloatModel:
@@ -128,7 +144,8 @@ def export(loaded: LoadedModel, samples: Iterable[Sample], directory: Path) -> F
         output_names = tuple(eager.run(examples))
         path = directory / "exported.onnx"
         _export_to(path, loaded, examples, output_names)
-        model = questions.describe(path, loaded.name, source.dims)
+        labels = take_marks(path) if loaded.learned is not None else {}
+        model = replace(questions.describe(path, loaded.name, source.dims), labels=labels)
         _require_inputs(source.inputs, model.inputs, "the exported model")
         _require_dims(source, model)
         _check_against(eager, model, real or [Sample(examples, origin="the example inputs")])
@@ -239,6 +256,8 @@ def _load_program(source: ModelSource) -> LoadedModel:
 def _without_pickles(path: Path) -> Iterator[None]:
     """Let torch.export.load read numbers only: it would unpickle what else a program holds, which may run any code."""
     with zipfile.ZipFile(path) as archive:
+        require_plain_paths(archive)
+        require_modest(archive, path.stat().st_size)
         for name in archive.namelist():
             if PurePosixPath(name).name.startswith("opaque_obj"):
                 raise ValueError(f"it holds a pickled object ({name}), which could run any code")

@@ -156,6 +156,7 @@ class FloatModel:
         parameters: Number of scalars in its float initializers.
         dims: Ranges of the dynamic dimensions, by name.
         image: How the samples' images become its input, if they do; for targets that take pixels themselves.
+        labels: Tensor name → the label that it bore in a module whose ranges were learned in training.
     """
 
     path: Path
@@ -166,6 +167,7 @@ class FloatModel:
     parameters: int
     dims: Mapping[str, DimRange] = field(default_factory=dict)
     image: ImageInput | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from qdeploy.model import FloatModel
 from qdeploy.reader import CalibrationReader
 from qdeploy.registry import suggestion
 from qdeploy.scheme import Form, OpRule, PerChannel, QuantContract, Scheme
-from qdeploy.statistics import Statistics
+from qdeploy.statistics import Statistics, TensorStatistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -72,6 +73,105 @@ class QuantPlan:
     steps: tuple[str, ...] = ()
 
 
+class RangeSource(ABC):
+    """Where a plan's ranges and scales come from."""
+
+    @abstractmethod
+    def objection(self, value: ir.Value) -> str:
+        """Why no integers can stand for a tensor's values; empty if they can."""
+
+    @abstractmethod
+    def range(self, value: ir.Value, scheme: Scheme) -> Range:
+        """The range of a computed tensor."""
+
+    @abstractmethod
+    def affine(self, value: ir.Value, array: NDArray[np.float32], scheme: Scheme) -> Affine:
+        """Scale and zero point of a constant."""
+
+
+@dataclass(frozen=True)
+class Calibrated(RangeSource):
+    """Ranges that a reader chooses from statistics; a constant's own extremes.
+
+    Attributes:
+        statistics: Of the model to plan for.
+        reader: Chooses.
+        target: Whose rules ask.
+    """
+
+    statistics: Statistics
+    reader: CalibrationReader
+    target: str
+
+    def objection(self, value: ir.Value) -> str:
+        """Masks, and what calibration never saw."""
+        tensor = self.statistics.tensors.get(questions.name_of(value))
+        if tensor is not None and (tensor.non_finite or max(-tensor.minimum, tensor.maximum) > HUGE):
+            return f"{tensor.name!r} holds infinite values or masks, which no scale can represent."
+        if tensor is not None and tensor.count == 0:
+            return f"No calibration sample gave {tensor.name!r} a value."
+        return ""
+
+    def range(self, value: ir.Value, scheme: Scheme) -> Range:
+        """What the reader makes of a tensor's statistics."""
+        tensor = observed(value, self.statistics)
+        if tensor is None:
+            message = f"{questions.name_of(value)!r} was not observed, but {self.target} quantizes it"
+            raise InternalError(message)
+        return self.reader.range(tensor, scheme)
+
+    def affine(self, value: ir.Value, array: NDArray[np.float32], scheme: Scheme) -> Affine:  # noqa: ARG002 - the array says it all
+        """From the smallest to the largest value."""
+        return affine_from_tensor(array, scheme.integer, symmetric=scheme.symmetric, axis=_axis(scheme, array))
+
+
+@dataclass(frozen=True)
+class Learned(RangeSource):
+    """Ranges and scales that training settled, by the labels that tensors bear (`FloatModel.labels`).
+
+    Attributes:
+        target: What they were trained for, as "name:precision".
+        ranges: Range and scheme of each computed tensor; by its name where it bears no label.
+        weights: Scale and zero point of each constant; its values lie on that grid.
+        labels: Tensor name → label.
+    """
+
+    target: str
+    ranges: Mapping[str, tuple[Range, Scheme]]
+    weights: Mapping[str, Affine]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def objection(self, value: ir.Value) -> str:  # noqa: ARG002 - training met every tensor
+        """None: what training left float has no range, and is refused by name."""
+        return ""
+
+    def range(self, value: ir.Value, scheme: Scheme) -> Range:
+        """The range that training settled under this very scheme."""
+        name = questions.name_of(value)
+        learned, under = self.ranges.get(self.labels.get(name, name), (None, None))
+        if learned is None or under != scheme:
+            raise self._unknown(name, scheme, under)
+        return learned
+
+    def affine(self, value: ir.Value, array: NDArray[np.float32], scheme: Scheme) -> Affine:
+        """The scales that training settled; a single value and a table's rows have their own, which represent them."""
+        name, axis = questions.name_of(value), _axis(scheme, array)
+        learned = self.weights.get(self.labels.get(name, ""))
+        if learned is None and (array.size == 1 or questions.is_table(value)):
+            return affine_from_tensor(array, scheme.integer, symmetric=scheme.symmetric, axis=axis)
+        channels = 1 if axis is None else array.shape[axis]
+        if learned is None or learned.integer != scheme.integer or learned.scale.size != channels:
+            raise self._unknown(name, scheme, learned and f"{learned.integer} with {learned.scale.size} scales")
+        return replace(learned, axis=axis)
+
+    def _unknown(self, name: str, wanted: Scheme, learned: object) -> InputError:
+        found = f"learned it as {learned}" if learned else "left it float"
+        what = f"The target quantizes {name!r} as {wanted}, and training {found}."
+        return InputError(
+            what, f"Export for {self.target} with the granularity and the --keep of training, or train anew."
+        )
+
+
 def plan(
     model: FloatModel,
     statistics: Statistics,
@@ -92,8 +192,13 @@ def plan(
         InputError: The statistics are another model's, or a keep pattern matches nothing.
     """
     statistics.require_model(model.digest)
+    return plan_from(model, Calibrated(statistics, reader, contract.target), contract, keep)
+
+
+def plan_from(model: FloatModel, source: RangeSource, contract: QuantContract, keep: Sequence[str] = ()) -> QuantPlan:
+    """As `plan`, with ranges and scales from anywhere."""
     graph = questions.load_graph(model.path)
-    draft = _Draft(statistics, contract, reader, kept_nodes(graph, keep))
+    draft = _Draft(source, contract, kept_nodes(graph, keep))
     for node in graph.graph:
         draft.nodes[str(node.name)] = draft.decide(node)
     return QuantPlan(model, contract, draft.nodes, draft.ranges, draft.activations, draft.weights)
@@ -103,9 +208,8 @@ def plan(
 class _Draft:
     """A plan in the making: nodes are decided in graph order, each seeing what those before it deliver."""
 
-    statistics: Statistics
+    source: RangeSource
     contract: QuantContract
-    reader: CalibrationReader
     kept: Mapping[str, str]
     nodes: dict[str, NodePlan] = field(default_factory=dict)
     ranges: dict[str, Range] = field(default_factory=dict)
@@ -150,13 +254,8 @@ class _Draft:
         return f"It shares {shared[0]!r} with an operator that quantizes it with another scale." if shared else ""
 
     def _why_values_forbid(self, node: ir.Node) -> str:
-        for value in (*(v for _, v in questions.real_inputs(node)), questions.result_of(node)):
-            tensor = self.statistics.tensors.get(questions.name_of(value))
-            if tensor is not None and (tensor.non_finite or max(-tensor.minimum, tensor.maximum) > HUGE):
-                return f"{tensor.name!r} holds infinite values or masks, which no scale can represent."
-            if tensor is not None and tensor.count == 0:
-                return f"No calibration sample gave {tensor.name!r} a value."
-        return ""
+        values = (*(v for _, v in questions.real_inputs(node)), questions.result_of(node))
+        return next(filter(None, map(self.source.objection, values)), "")
 
     def _why_weight_stays(self, node: ir.Node, rule: OpRule) -> str:
         for index, scheme in rule.inputs.items():
@@ -197,21 +296,16 @@ class _Draft:
             value = node.inputs[index] if index < len(node.inputs) else None
             array = questions.constant(value)
             if scheme is not None and value is not None and array is not None and questions.is_real(value):
-                name, axis = questions.name_of(value), _axis(scheme, array)
-                own = affine_from_tensor(array, scheme.integer, symmetric=scheme.symmetric, axis=axis)
+                name = questions.name_of(value)
                 # A weight that several nodes read must leave room for the bias of each.
-                self.weights[name] = self._stored(self._with_room_for_bias(node, self.weights.get(name, own)))
+                own = self.weights.get(name) or self.source.affine(value, array, scheme)
+                self.weights[name] = self._stored(self._with_room_for_bias(node, own))
 
     def _activate(self, value: ir.Value, scheme: Scheme) -> None:
         name = questions.name_of(value)
         if name in self.activations:
             return
-        tensors = self.statistics.tensors
-        tensor = tensors.get(questions.name_of(questions.bounded(value))) or tensors.get(name)
-        if tensor is None:
-            message = f"{name!r} was not observed, but {self.contract.target} quantizes it"
-            raise InternalError(message)
-        chosen = self.reader.range(tensor, scheme)
+        chosen = self.source.range(value, scheme)
         self.ranges[name] = chosen
         exact = affine_from_limits(chosen.minimum, chosen.maximum, scheme.integer, symmetric=scheme.symmetric)
         self.activations[name] = self._stored(exact)
@@ -237,6 +331,12 @@ class _Draft:
         least = magnitude * BIAS_HEADROOM / (float(source.scale) * INT32_MAX)
         scale = np.maximum(weight.scale, least).astype(np.float32)
         return Affine(scale, weight.zero_point, weight.integer, weight.axis)
+
+
+def observed(value: ir.Value, statistics: Statistics) -> TensorStatistics | None:
+    """What was seen of an activation whose range is sought: of its bounded values, where a Min bounds it."""
+    tensors = statistics.tensors
+    return tensors.get(questions.name_of(questions.bounded(value))) or tensors.get(questions.name_of(value))
 
 
 def float16_scale(scale: NDArray[np.float32]) -> NDArray[np.float32]:

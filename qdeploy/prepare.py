@@ -6,6 +6,7 @@ Tensor names are kept, since ranges, reports and the user's patterns speak of th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def prepare(model: FloatModel, directory: Path) -> FloatModel:
     _tidy(graph)
     path = directory / "model.onnx"
     save_graph(graph, path)
-    return describe(path, model.name, model.dims)
+    return replace(describe(path, model.name, model.dims), labels=model.labels)
 
 
 def refuse_quantized(graph: ir.Model, name: str) -> None:
