@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.archive import require_modest
 from qdeploy.backend import Arrays
 from qdeploy.bundle.load import Bundle
+from qdeploy.errors import InputError
+from qdeploy.samples.arrays import DAMAGE
 
 SAMPLES = 64
 BYTES = 16_000_000
@@ -126,6 +129,14 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSample, ...]:
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz by name."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    """The arrays of an .npz by name.
+
+    Raises:
+        InputError: It is damaged, holds more than numbers, or would fill the memory.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            require_modest(file.zip, path.stat().st_size)
+            return {name: file[name] for name in file.files}
+    except DAMAGE as error:
+        raise InputError(f"{path} cannot be read: {error}.", "Export the bundle anew.") from error

@@ -1,152 +1,92 @@
-"""A live server against a bundle: golden samples are replayed through the Open Inference Protocol v2.
+"""A live server against a bundle: golden and evaluation samples are replayed on it, and its answers are judged.
 
-An answer is wrong if it is further from what the bundle's runner gave than quantization itself moved the golden
+An answer is wrong if it is further from what the bundle's runner gives than quantization itself moved the golden
 outputs from FP32: another processor may round differently, a changed model or preprocessing is off by more.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from io import BytesIO
+from itertools import chain, islice, repeat
+from math import isfinite
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qdeploy.backend import Arrays
+from qdeploy.backend import Arrays, Runner
 from qdeploy.bundle.golden import GoldenSample, read_golden
-from qdeploy.bundle.load import open_bundle
+from qdeploy.bundle.load import Bundle, open_bundle
 from qdeploy.bundle.packages.package import targets_named
-from qdeploy.bundle.packages.triton import TYPES, require_client
+from qdeploy.bundle.packages.triton import NATIVE, RAW_IMAGE, RAW_IMAGE_SPEC, TYPES, require_client, served_digest
+from qdeploy.bundle.replay import Answer, Case, Metadata, Replayed, Server, distance, metadata, replay
 from qdeploy.errors import InputError, UnavailableError
+from qdeploy.parity.bootstrap import Interval, paired_interval
+from qdeploy.parity.metrics import Metric, Scorer
+from qdeploy.samples.images import require_pillow
+from qdeploy.samples.source import Sample, SampleSource
 
 if TYPE_CHECKING:
-    from qdeploy.bundle.manifest import Manifest
+    from qdeploy.bundle.manifest import BundledTarget, Manifest
     from qdeploy.model import TensorSpec
 
 FLOAT = "float"
+GOLDEN, EVALUATION = "golden", "evaluation"
+
 ROUNDING = 1e-5
 """What float32 sums in another order may differ by, as a part of the largest value."""
 
-MOST_FAILURES = 8
-"""Requests without an answer after which no more are sent."""
-
-GRACE = 2.0
-"""Seconds that a request may take beyond its time limit, which the client keeps for each part of it alone."""
+PART = 64
+"""Evaluation samples that are held in memory at a time."""
 
 
 @dataclass(frozen=True)
-class Server:
-    """A model on a server.
+class Evaluation:
+    """Samples to send beside the golden ones.
 
     Attributes:
-        url: As the user gave it, "http://host:port" or "grpc://host:port".
-        model: Its name there.
-        timeout: Seconds that a request may take.
+        samples: Whole model inputs, checked.
+        runner: Of the bundle's target: it says what a good server answers.
+        metric: Of labelled samples; None without one.
     """
 
-    url: str
-    model: str
-    timeout: float
-
-    @property
-    def protocol(self) -> Any:
-        """The client's module for the URL's scheme."""
-        if urlsplit(self.url).scheme == "http":
-            from tritonclient import http as protocol
-        else:
-            from tritonclient import grpc as protocol
-        return protocol
-
-    @property
-    def address(self) -> str:
-        """The URL without its scheme."""
-        return self.url.partition("://")[2].rstrip("/")
-
-    @property
-    def limits(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """How the time limit is told: what the client is made with, and what each call of it takes."""
-        if urlsplit(self.url).scheme == "http":
-            return {"connection_timeout": self.timeout, "network_timeout": self.timeout}, {}
-        return {}, {"client_timeout": self.timeout}
+    samples: SampleSource
+    runner: Runner
+    metric: Metric | None
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """What a server says of a model.
+class Accuracy:
+    """What a metric says of the server and of the bundle, over the same samples.
 
     Attributes:
-        versions: That it serves.
-        inputs: Type and shape by name, for example "FP32[1, 10]".
-        outputs: Likewise.
+        metric: Its name.
+        samples: Evaluation samples that were answered.
+        server: Its figure; None if an answer is not comparable.
+        bundle: The figure of the bundle's runner.
+        drop: Bundle − server.
+        drop_interval: Paired bootstrap interval of `drop`, 95 %.
+        reported: What the bundle's own report says of the target; None if it has another metric.
     """
 
-    versions: tuple[str, ...]
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-
-    @classmethod
-    def parse(cls, said: Mapping[str, Any]) -> Metadata:
-        """From the protocol's answer as JSON; gRPC writes its integers as texts."""
-
-        def tensors(listed: Any) -> dict[str, str]:
-            return {each["name"]: f"{each['datatype']}{list(map(int, each['shape']))}" for each in listed}
-
-        versions = tuple(map(str, said.get("versions", ())))
-        return cls(versions, tensors(said["inputs"]), tensors(said["outputs"]))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A golden sample to send: its index, its inputs, and what the bundle's runner gave for it."""
-
-    sample: int
-    inputs: Arrays
-    expected: Arrays
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of one request.
-
-    Attributes:
-        sample: Index of the golden sample.
-        milliseconds: From sending to having the arrays.
-        off: By output, the largest absolute difference from the bundle's; empty if there was an error.
-        agreement: Share of rows of the first output whose largest value stands where the bundle's does, if it has rows.
-        error: Why there are no arrays.
-    """
-
-    sample: int
-    milliseconds: float
-    off: Mapping[str, float] = field(default_factory=dict)
-    agreement: float | None = None
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Requests that were sent, and what came of them.
-
-    Attributes:
-        requests: How many were to be answered.
-        answers: As they came.
-        seconds: From the first request to the last answer.
-    """
-
-    requests: int
-    answers: Sequence[Answer]
-    seconds: float
+    metric: str
+    samples: int
+    server: float | None
+    bundle: float
+    drop: float | None
+    drop_interval: Interval | None
+    reported: float | None
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a server made of the golden samples.
+    """What a server made of the samples.
 
     Attributes:
         url: Of the server.
@@ -158,9 +98,11 @@ class Verification:
         answered: How many were.
         max_abs_error: Of each output, against the bundle's runner.
         wrong_samples: Golden samples, by index, with an answer off by more than quantization explains.
+        wrong_evaluation_samples: Likewise of the evaluation samples.
+        accuracy: Over the evaluation samples; None without labels.
         agreement: Share of answers whose first output has its largest value where the bundle's has.
         latency_ms: p50, p90, p99 over the answers.
-        throughput: Answers a second.
+        throughput: Answers a second, while requests were under way.
         errors: Message → how often it came.
     """
 
@@ -173,6 +115,8 @@ class Verification:
     answered: int = 0
     max_abs_error: Mapping[str, float] = field(default_factory=dict)
     wrong_samples: tuple[int, ...] = ()
+    wrong_evaluation_samples: tuple[int, ...] = ()
+    accuracy: Accuracy | None = None
     agreement: float | None = None
     latency_ms: Mapping[str, float] | None = None
     throughput: float | None = None
@@ -183,34 +127,42 @@ class Verification:
         """3 if requests were left without an answer, 1 if the server is not the bundle, otherwise 0."""
         if self.differences:
             return 1
-        return UnavailableError.exit_code if self.answered < self.requests else int(bool(self.wrong_samples))
+        wrong = self.wrong_samples or self.wrong_evaluation_samples
+        return UnavailableError.exit_code if self.answered < self.requests else int(bool(wrong))
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON values; what is no number is null."""
         status = {0: "pass", 1: "fail", 3: "unanswered"}[self.exit_code]
         fields = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
-        errors = {name: value if np.isfinite(value) else None for name, value in self.max_abs_error.items()}
-        return {"schema": 1, "status": status, **fields, "max_abs_error": errors}
+        errors = {name: value if isfinite(value) else None for name, value in self.max_abs_error.items()}
+        accuracy = asdict(self.accuracy) if self.accuracy else None
+        return {"schema": 1, "status": status, **fields, "max_abs_error": errors, "accuracy": accuracy}
 
 
-def verify(
+def verify(  # noqa: PLR0913 - one parameter an option
     path: Path,
     url: str,
     *,
     model: str | None = None,
+    version: int | None = None,
     target: str | None = None,
+    evaluation: Evaluation | None = None,
     requests: int | None = None,
     concurrency: int = 1,
     timeout: float = 10.0,
 ) -> Verification:
-    """Replay a bundle's golden samples on a server.
+    """Replay a bundle's golden samples on a server, and evaluation samples if there are any.
+
+    An entry that takes raw images is sent those that the samples were made of.
 
     Args:
         path: The bundle.
         url: "http://host:port" or "grpc://host:port".
         model: Its name on the server; None for the name that `package_triton` gives it.
+        version: Of the model; None for the one that the server chooses.
         target: A folder of the bundle or a backend to compare with; None for the first.
-        requests: How many to send, in turn over the golden samples; None for each sample once.
+        evaluation: Further samples.
+        requests: How many to send, in turn over the golden and then the evaluation samples; None for each once.
         concurrency: Requests under way at a time.
         timeout: Seconds for one request.
 
@@ -218,7 +170,7 @@ def verify(
         InputError: The bundle is damaged or has no golden samples, or the URL or a number cannot be used.
         UnavailableError: tritonclient is not installed, or the server does not serve the model.
     """
-    _require_sense(url, requests, concurrency, timeout)
+    require_sense(url, requests, concurrency, timeout)
     require_client()
     bundle = open_bundle(path)
     entry = targets_named(bundle, [target] if target else [])[0]
@@ -227,18 +179,33 @@ def verify(
         raise InputError(
             f"The bundle {path} holds no golden samples.", "Export it with evaluation samples below 16 MB."
         )
-    server = Server(url, model or f"{path.resolve().name}-{entry.folder}", timeout)
-    metadata = _metadata(server)
-    differences = tuple(_differences(metadata, bundle.manifest))
-    count = requests or len(golden)
+    name = model or f"{path.resolve().name}-{entry.folder}"
+    server = Server(url, name, str(version or ""), timeout)
+    served = metadata(server)
+    asked = requests or len(golden) + ((evaluation.samples.size or 0) if evaluation else 0)
+    differences = tuple(_differences(served, bundle, entry))
     if differences:
-        return Verification(url, server.model, metadata.versions, entry.folder, differences, count)
-    cases = [Case(i, sample.inputs, sample.outputs[entry.folder]) for i, sample in enumerate(golden)]
-    replay = _replay(server, cases, count, concurrency)
-    return _verification(server, metadata.versions, entry.folder, _allowed(golden, entry.folder), replay)
+        return Verification(url, name, served.versions, entry.folder, differences, asked)
+    own = [Sample(each.inputs, None, f"golden sample {i}", each.raw) for i, each in enumerate(golden)]
+    to_send = partial(_to_send, images=_takes_images(served, bundle.manifest))
+    cases = [Case(GOLDEN, i, to_send(own[i]), each.outputs[entry.folder]) for i, each in enumerate(golden)]
+    tally = _Tally(allowed(golden, entry.folder), evaluation.metric if evaluation else None)
+    if evaluation is None:
+        # All are at hand, so that none waits for the next part.
+        tally.add_all(replay(server, [list(_in_turn(lambda: cases, requests))], min(concurrency, asked)))
+    else:
+        with evaluation.runner as runner:
+            everything = _in_turn(lambda: chain(cases, _evaluation_cases(evaluation, runner, to_send)), requests)
+            tally.add_all(replay(server, _parts(everything), concurrency))
+    return tally.verification(server, served.versions, bundle, entry, asked)
 
 
-def _require_sense(url: str, requests: int | None, concurrency: int, timeout: float) -> None:
+def require_sense(url: str, requests: int | None, concurrency: int, timeout: float) -> None:
+    """Refuse, before any work, what cannot be asked.
+
+    Raises:
+        InputError: The URL or a number cannot be used.
+    """
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "grpc") and bool(parts.hostname) and parts.port is not None
@@ -251,52 +218,62 @@ def _require_sense(url: str, requests: int | None, concurrency: int, timeout: fl
             raise InputError(f"{name} cannot be {number}.", "Give a number above 0.")
 
 
-def _metadata(server: Server) -> Metadata:
-    """What the server says of the model.
+def _in_turn(cases: Callable[[], Iterable[Case]], count: int | None) -> Iterator[Case]:
+    """Each case once, or so many, beginning again as often as needed."""
+    if count is None:
+        return iter(cases())
+    return islice(chain.from_iterable(cases() for _ in repeat(None)), count)
+
+
+def _parts(cases: Iterator[Case]) -> Iterator[list[Case]]:
+    while part := list(islice(cases, PART)):
+        yield part
+
+
+def _evaluation_cases(evaluation: Evaluation, runner: Runner, to_send: Callable[[Sample], Arrays]) -> Iterator[Case]:
+    for i, sample in enumerate(evaluation.samples):
+        yield Case(EVALUATION, i, to_send(sample), runner.run(sample.inputs), sample.labels)
+
+
+def _takes_images(served: Metadata, manifest: Manifest) -> bool:
+    return RAW_IMAGE in served.inputs and RAW_IMAGE not in [spec.name for spec in manifest.inputs]
+
+
+def _to_send(sample: Sample, *, images: bool) -> Arrays:
+    """What the server takes of a sample: the model's inputs, or the image that they were made of.
 
     Raises:
-        UnavailableError: It does not answer, or does not know the model.
+        InputError: There is no image.
+        UnavailableError: Pillow is not installed.
     """
-    answer: SimpleQueue[Metadata | Exception] = SimpleQueue()
+    if not images:
+        return sample.inputs
+    if not sample.raw:
+        what = f"The server takes images, and {sample.origin} comes without one."
+        raise InputError(what, "Name the model that takes the prepared input, or give a folder of images.")
+    require_pillow()
+    from PIL import Image
 
-    def ask() -> None:
-        making, calling = server.limits
-        as_json = {"as_json": True} if calling else {}
-        try:
-            with server.protocol.InferenceServerClient(server.address, **making) as client:
-                said = client.get_model_metadata(server.model, **calling, **as_json)
-            answer.put(Metadata.parse(said))
-        except Exception as error:  # noqa: BLE001 - the client raises whatever its transport does
-            answer.put(error)
-
-    Thread(target=ask, daemon=True).start()
-    try:
-        found = answer.get(timeout=server.timeout + GRACE)
-    except Empty:
-        found = TimeoutError(f"no answer within {server.timeout:g} s")
-    if isinstance(found, Exception):
-        what = f"The server {server.url} does not serve the model {server.model!r}: {_message(found)}"
-        cure = "Start it, or name the model with --model; --timeout gives it more time."
-        raise UnavailableError(what, cure) from found
-    return found
+    (content,) = sample.raw.values()
+    with Image.open(BytesIO(content.tobytes())) as image:
+        return {RAW_IMAGE: np.asarray(image.convert("RGB"))}
 
 
-def _message(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith(".") else f"{text}."
-
-
-def _differences(metadata: Metadata, manifest: Manifest) -> Iterator[str]:
-    """Where the server's inputs and outputs are not the bundle's, one sentence each."""
-    both = (("input", manifest.inputs, metadata.inputs), ("output", manifest.outputs, metadata.outputs))
-    for kind, specs, served in both:
+def _differences(served: Metadata, bundle: Bundle, entry: BundledTarget) -> Iterator[str]:
+    """Where the server's model is not the bundle's, one sentence each."""
+    manifest = bundle.manifest
+    inputs = (RAW_IMAGE_SPEC,) if _takes_images(served, manifest) else manifest.inputs
+    for kind, specs, found in (("input", inputs, served.inputs), ("output", manifest.outputs, served.outputs)):
         wanted = {spec.name: _as_served(spec) for spec in specs}
-        for name in (name for name in wanted if name not in served):
-            yield f"The server has no {kind} {name!r}; it has: {', '.join(served) or 'none'}."
-        for name in (name for name in served if name not in wanted):
+        for name in (name for name in wanted if name not in found):
+            yield f"The server has no {kind} {name!r}; it has: {', '.join(found) or 'none'}."
+        for name in (name for name in found if name not in wanted):
             yield f"The server has the {kind} {name!r}, which the bundle has not."
-        for name in (name for name in wanted if served.get(name, wanted[name]) != wanted[name]):
-            yield f"The {kind} {name!r} is {served[name]} on the server and {wanted[name]} in the bundle."
+        for name in (name for name in wanted if found.get(name, wanted[name]) != wanted[name]):
+            yield f"The {kind} {name!r} is {found[name]} on the server and {wanted[name]} in the bundle."
+    if served.digest and (entry.target not in NATIVE or served.digest != served_digest(bundle, entry)):
+        what = "The server was given another model than"
+        yield f"{what} {entry.folder} of the bundle: an older or a newer one, with the sha256 {served.digest}."
 
 
 def _as_served(spec: TensorSpec) -> str:
@@ -305,129 +282,132 @@ def _as_served(spec: TensorSpec) -> str:
     return f"{TYPES.get(spec.dtype, spec.dtype).removeprefix('TYPE_')}{dims}"
 
 
-def _replay(server: Server, cases: Sequence[Case], count: int, concurrency: int) -> Replay:
-    """Answers to `count` requests, as they come; fewer once the server leaves too many without one."""
-    waiting: SimpleQueue[Case] = SimpleQueue()
-    answers: SimpleQueue[Answer] = SimpleQueue()
-    stopped = Event()
-    for i in range(count):
-        waiting.put(cases[i % len(cases)])
+class _Tally:
+    """What the answers say of the server, added up as they come.
 
-    def work() -> None:
-        making, calling = server.limits
-        with server.protocol.InferenceServerClient(server.address, **making) as client:
-            while not stopped.is_set():
-                try:
-                    case = waiting.get_nowait()
-                except Empty:
-                    return
-                answers.put(_answer(client, server, case, calling))
+    Args:
+        allowed: How far an answer may be off, by output.
+        metric: Of labelled evaluation samples; None without one.
+    """
 
-    # A client is not shared: that of HTTP serves one thread.
-    threads = [Thread(target=work, daemon=True) for _ in range(min(concurrency, count))]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    try:
-        found = list(_until_hopeless(answers, count, server.timeout + GRACE))
-        return Replay(count, found, time.perf_counter() - start)
-    finally:
-        stopped.set()
-        deadline = time.monotonic() + server.timeout + GRACE
-        for thread in threads:  # a client that is at work when the process ends can crash it
-            thread.join(max(0.0, deadline - time.monotonic()))
+    def __init__(self, allowed: Mapping[str, float], metric: Metric | None) -> None:
+        self._allowed = allowed
+        self._scores = _Scores(metric) if metric else None
+        self._requests = 0
+        self._seconds = 0.0
+        self._off = dict.fromkeys(allowed, 0.0)
+        self._wrong: dict[str, set[int]] = {GOLDEN: set(), EVALUATION: set()}
+        self._milliseconds: list[float] = []
+        self._agreements: list[float] = []
+        self._errors: Counter[str] = Counter()
 
+    def add_all(self, parts: Iterable[Replayed]) -> None:
+        """Take what came of each part."""
+        for part in parts:
+            self._requests += part.requests
+            self._seconds += part.seconds
+            for answer in part.answers:
+                self._add(answer)
 
-def _until_hopeless(answers: SimpleQueue[Answer], count: int, patience: float) -> Iterator[Answer]:
-    """Up to `count` answers, until too many are failures or none comes for `patience` seconds."""
-    failures = 0
-    for _ in range(count):
-        try:
-            answer = answers.get(timeout=patience)
-        except Empty:
+    def _add(self, answer: Answer) -> None:
+        if answer.error:
+            self._errors[answer.error] += 1
             return
-        yield answer
-        failures += bool(answer.error)
-        if failures == MOST_FAILURES:
-            return
+        self._milliseconds.append(answer.milliseconds)
+        if answer.agreement is not None:
+            self._agreements.append(answer.agreement)
+        if any(not answer.off[name] <= most for name, most in self._allowed.items()):
+            self._wrong[answer.case.kind].add(answer.case.sample)
+        self._off = {name: max(most, answer.off[name]) for name, most in self._off.items()}
+        if self._scores and answer.case.labels is not None:
+            self._scores.add(answer, answer.case.labels)
 
+    def verification(
+        self, server: Server, versions: tuple[str, ...], bundle: Bundle, entry: BundledTarget, asked: int
+    ) -> Verification:
+        """The verdict.
 
-def _answer(client: Any, server: Server, case: Case, calling: Mapping[str, Any]) -> Answer:
-    from tritonclient.utils import np_to_triton_dtype
-
-    start = time.perf_counter()
-    try:
-        tensors = []
-        for name, given in case.inputs.items():
-            array = np.ascontiguousarray(given)  # a scalar becomes [1], as Triton has it
-            tensor = server.protocol.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
-        result = client.infer(server.model, tensors, **calling)
-        outputs = {name: result.as_numpy(name) for name in case.expected}
-    except Exception as error:  # noqa: BLE001 - the client raises whatever its transport does
-        return Answer(case.sample, 0.0, error=_message(error))
-    milliseconds = (time.perf_counter() - start) * 1000
-    odd = [name for name, wanted in case.expected.items() if getattr(outputs[name], "dtype", None) != wanted.dtype]
-    if odd:
-        return Answer(
-            case.sample, milliseconds, error=f"The answer lacks {', '.join(odd)}, or has another type for it."
+        Args:
+            server: That answered.
+            versions: That it says it serves.
+            bundle: That it is compared with.
+            entry: The target.
+            asked: How many requests were to be sent, as far as that was known beforehand.
+        """
+        answered = len(self._milliseconds)
+        times = np.percentile(self._milliseconds, (50, 90, 99)).tolist() if answered else None
+        return Verification(
+            server.url,
+            server.model,
+            versions,
+            entry.folder,
+            (),
+            max(self._requests, asked),
+            answered,
+            max_abs_error=self._off if answered else {},
+            wrong_samples=tuple(sorted(self._wrong[GOLDEN])),
+            wrong_evaluation_samples=tuple(sorted(self._wrong[EVALUATION])),
+            accuracy=self._scores.accuracy(bundle, entry) if self._scores else None,
+            agreement=float(np.mean(self._agreements)) if self._agreements else None,
+            latency_ms=dict(zip(("p50", "p90", "p99"), times, strict=True)) if times else None,
+            throughput=answered / self._seconds if answered else None,
+            errors=self._errors,
         )
-    off = {name: _distance(outputs[name], wanted) for name, wanted in case.expected.items()}
-    first = next(iter(case.expected))
-    return Answer(case.sample, milliseconds, off, _agreement(outputs[first], case.expected[first]))
 
 
-def _verification(
-    server: Server, versions: tuple[str, ...], target: str, allowed: Mapping[str, float], replay: Replay
-) -> Verification:
-    """What the answers say of the server."""
-    answered = [each for each in replay.answers if not each.error]
-    wrong = {each.sample for each in answered for name, most in allowed.items() if not each.off[name] <= most}
-    times = np.percentile([each.milliseconds for each in answered], (50, 90, 99)).tolist() if answered else None
-    agreements = [each.agreement for each in answered if each.agreement is not None]
-    return Verification(
-        server.url,
-        server.model,
-        versions,
-        target,
-        (),
-        replay.requests,
-        len(answered),
-        max_abs_error={name: max(each.off[name] for each in answered) for name in allowed} if answered else {},
-        wrong_samples=tuple(sorted(wrong)),
-        agreement=float(np.mean(agreements)) if agreements else None,
-        latency_ms=dict(zip(("p50", "p90", "p99"), times, strict=True)) if times else None,
-        throughput=len(answered) / replay.seconds if answered else None,
-        errors=Counter(each.error for each in replay.answers if each.error),
-    )
+class _Scores:
+    """A metric of the server and of the bundle's runner, over evaluation samples, each once."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+        self._server: Scorer = metric.scorer()
+        self._bundle: Scorer = metric.scorer()
+        self._seen: set[int] = set()
+        self._comparable = True
+
+    def add(self, answer: Answer, labels: NDArray[Any]) -> None:
+        """Take an answer to a labelled sample."""
+        if answer.case.sample in self._seen:
+            return
+        self._seen.add(answer.case.sample)
+        expected = answer.case.expected
+        self._bundle.add(expected, labels)
+        self._comparable &= all(map(isfinite, answer.off.values()))
+        if self._comparable:  # a metric is not to be blamed for what it makes of NaN
+            outputs = {name: array.reshape(expected[name].shape) for name, array in answer.outputs.items()}
+            self._server.add(outputs, labels)
+
+    def accuracy(self, bundle: Bundle, entry: BundledTarget) -> Accuracy | None:
+        """Both figures, and that of the bundle's report; None if no labelled sample was answered."""
+        if not self._seen:
+            return None
+        ours, name = self._bundle.rows(), self._metric.name
+        figure, reported = self._metric.figure(ours), _reported(bundle, entry, name)
+        if not self._comparable:
+            return Accuracy(name, len(self._seen), None, figure, None, None, reported)
+        theirs = self._server.rows()
+        served = self._metric.figure(theirs)
+        interval = paired_interval(ours, theirs, self._metric.summarize)
+        return Accuracy(name, len(self._seen), served, figure, figure - served, interval, reported)
 
 
-def _allowed(golden: Sequence[GoldenSample], target: str) -> dict[str, float]:
+def _reported(bundle: Bundle, entry: BundledTarget, metric: str) -> float | None:
+    """The figure of a target in the bundle's report, if it is of this metric."""
+    from qdeploy.report.schema import Report
+
+    report = Report.read(bundle.path / "report.json")
+    reference = report.reference.metric
+    figures = [row.metric for row in report.targets if row.folder == entry.folder]
+    return figures[0] if figures and reference is not None and reference.name == metric else None
+
+
+def allowed(golden: Sequence[GoldenSample], target: str) -> dict[str, float]:
     """How far an answer may be off, by output: as far as the golden outputs are from FP32, or float32's rounding."""
-    allowed = {}
+    tolerances = {}
     for name in golden[0].outputs[target]:
         pairs = [(sample.outputs[target][name], sample.outputs[FLOAT][name]) for sample in golden]
-        moved = [_distance(*pair) for pair in pairs]
-        rounding = [ROUNDING * _distance(ours, np.zeros_like(ours)) for ours, _ in pairs]
+        moved = [distance(*pair) for pair in pairs]
+        rounding = [ROUNDING * distance(ours, np.zeros_like(ours)) for ours, _ in pairs]
         # A sample with values that are not finite says nothing of how far the others may be off.
-        allowed[name] = max((each for each in (*moved, *rounding) if np.isfinite(each)), default=0.0)
-    return allowed
-
-
-def _distance(found: Any, expected: Any) -> float:
-    """The largest absolute difference; infinite if one alone is not a number, or the shapes differ."""
-    if found.size != expected.size:
-        return float("inf")
-    found, expected = (np.asarray(array, np.float64).ravel() for array in (found, expected))
-    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
-    with np.errstate(invalid="ignore"):  # two equal infinities
-        distances = np.where(same, 0.0, np.abs(found - expected))
-    return float(np.max(np.where(np.isnan(distances), np.inf, distances), initial=0.0))
-
-
-def _agreement(found: Any, expected: Any) -> float | None:
-    """Share of rows, along the last axis, with their largest value at the same place; None where there is no choice."""
-    if expected.ndim < 2 or expected.shape[-1] < 2 or found.shape != expected.shape:
-        return None
-    return float(np.mean(np.argmax(found, -1) == np.argmax(expected, -1)))
+        tolerances[name] = max((each for each in (*moved, *rounding) if np.isfinite(each)), default=0.0)
+    return tolerances

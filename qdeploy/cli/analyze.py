@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qdeploy.analysis.weights import WeightReport
     from qdeploy.progress import Progress
     from qdeploy.recipe import Recipe
+    from qdeploy.workers import Workers
 
     Found = tuple[WeightReport, ...] | Sensitivity | LayerErrors
 
@@ -55,6 +56,8 @@ def analyze(  # noqa: PLR0913 - one parameter an option
         typer.Option("--statistics", metavar="STATS", help="What qdeploy calibrate wrote, to save calibrating anew."),
     ] = None,
     bits: Bits = "4,8,16",
+    workers: options.WorkerCount = None,
+    ray: options.Ray = None,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
     reader: options.Reader = None,
@@ -71,6 +74,8 @@ def analyze(  # noqa: PLR0913 - one parameter an option
 ) -> int:
     """Show where a model loses accuracy to quantization, why, and which option mends it."""
     from qdeploy.recipe import Given, TargetRequest, merged, read_recipe
+    from qdeploy.recommend import with_chosen_targets
+    from qdeploy.workers import hired
 
     given = Given(
         source=source,
@@ -91,9 +96,12 @@ def analyze(  # noqa: PLR0913 - one parameter an option
     file_given = Given() if recipe is None else read_recipe(recipe)
     if file_given.targets is None and given.targets is None:
         given = replace(given, targets=(TargetRequest("ort-cpu"),))
-    whole = merged(replace(file_given, statistics=None), given)
+    whole, _ = with_chosen_targets(merged(replace(file_given, statistics=None), given))
+    if what != "sensitivity" and (workers, ray) != (None, None):
+        raise InputError(f"--workers and --ray are not for {what}.", "Leave them out; sensitivity takes them.")
     with results() as file:
-        found = _found(what, whole, statistics or file_given.statistics, bits, progress(quiet=quiet))
+        with hired(workers, ray) as share:
+            found = _found(what, whole, statistics or file_given.statistics, bits, progress(quiet=quiet), share)
         if as_json:
             named = {"schema": 1, "analysis": what, "model": whole.source.name, "target": _target(whole)}
             file.write(json.dumps(_finite(named | _plain(found)), indent=2, ensure_ascii=False) + "\n")
@@ -104,14 +112,16 @@ def analyze(  # noqa: PLR0913 - one parameter an option
     return 0
 
 
-def _found(what: str, recipe: Recipe, statistics: Path | None, bits: str, bars: Progress) -> Found:
+def _found(
+    what: str, recipe: Recipe, statistics: Path | None, bits: str, bars: Progress, workers: Workers | None
+) -> Found:
     from qdeploy.analyze import analyze_layers, analyze_sensitivity, analyze_weights
 
     if what == "weights":
         return analyze_weights(recipe, progress=bars)
     if what == "layers":
         return analyze_layers(recipe, statistics, progress=bars)
-    return analyze_sensitivity(recipe, statistics, bits=_widths(bits), progress=bars)
+    return analyze_sensitivity(recipe, statistics, bits=_widths(bits), progress=bars, workers=workers)
 
 
 def _widths(text: str) -> list[int]:

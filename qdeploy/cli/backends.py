@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qdeploy.errors import UnavailableError
+from qdeploy.cli import options
+from qdeploy.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
     from qdeploy.backend import Backend
@@ -20,11 +22,56 @@ def backends(
     ops: Annotated[
         str | None, typer.Option(metavar="NAME[:PRECISION]", help="Show a target's rules, operator by operator.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Recommend a target, a precision and a calibration reader for a device: x86, x86-no-vnni, arm, "
+            "arm-no-dotprod, nvidia, nvidia-sm75, nvidia-sm90, apple, or auto for this machine.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
 ) -> int:
     """List the targets: whether they can be built here, their precisions and their options."""
-    lines = _targets() if ops is None else _rules(ops)
-    typer.echo("\n".join(lines))
+    if device is None and as_json:
+        raise InputError("--json is for what --device recommends.", "Add --device NAME, or leave out --json.")
+    if device is not None:
+        found = _recommended(device)
+        typer.echo(json.dumps({"schema": 1, **found}, indent=2, ensure_ascii=False) if as_json else _readable(found))
+    else:
+        typer.echo("\n".join(_targets() if ops is None else _rules(ops)))
     return 0
+
+
+def _recommended(device: str) -> dict[str, Any]:
+    """What is recommended for a device, as plain data."""
+    from qdeploy.recommend import recommend_by_name
+
+    found = recommend_by_name(device)
+    return {
+        "device": found.device,
+        "covers": found.covers,
+        "target": found.target,
+        "precision": found.precision,
+        "reader": found.reader,
+        "options": dict(found.options),
+        "reasons": [asdict(reason) for reason in found.reasons],
+    }
+
+
+def _readable(found: dict[str, Any]) -> str:
+    target = f"{found['target']}:{found['precision']}"
+    settings = "".join(f" --set {found['target']}.{key}={value}" for key, value in found["options"].items())
+    calibration = "" if found["reader"] is None else f" --reader {found['reader']} --calibration DATA"
+    lines = [
+        f"{found['device']}  {found['covers']}",
+        f"  target      {target}",
+        f"  options     {', '.join(f'{key}={value}' for key, value in found['options'].items()) or 'none'}",
+        f"  reader      {found['reader'] or 'none: nothing is calibrated'}",
+    ]
+    for reason in found["reasons"]:
+        lines += [f"  why         {reason['text']}", f"              ({reason['evidence']})"]
+    return "\n".join([*lines, f"  command     qdeploy export SOURCE --target {target}{settings}{calibration}"])
 
 
 def _targets() -> Iterator[str]:

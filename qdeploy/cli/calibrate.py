@@ -27,6 +27,8 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
     ] = False,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
+    workers: options.WorkerCount = None,
+    ray: options.Ray = None,
     inputs: options.Inputs,
     dims: options.Dims,
     state: options.States,
@@ -36,6 +38,7 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
     """Run samples through a model once, and keep the statistics from which every target's ranges are read."""
     from qdeploy import pipeline
     from qdeploy.recipe import Recipe
+    from qdeploy.workers import hired
 
     if merge:
         found = pipeline.merge_statistics([Path(text) for text in source], output, force=force)
@@ -51,7 +54,8 @@ def calibrate(  # noqa: PLR0913 - one parameter an option
             preprocessing=options.preprocessing(preprocess),
             samples=samples,
         )
-        found = pipeline.calibrate(recipe, output, force=force, progress=progress(quiet=quiet))
+        with hired(workers, ray) as share:
+            found = pipeline.calibrate(recipe, output, force=force, progress=progress(quiet=quiet), workers=share)
     if not quiet:
         for note in found.notes:
             typer.echo(f"note: {note}")

@@ -23,6 +23,8 @@ def export(  # noqa: PLR0913 - one parameter an option
     evaluation: options.Evaluation = None,
     preprocess: options.Preprocess = None,
     samples: options.Samples = None,
+    workers: options.WorkerCount = None,
+    ray: options.Ray = None,
     reader: options.Reader = None,
     granularity: options.Granularity = None,
     recover: options.Recover = None,
@@ -41,6 +43,7 @@ def export(  # noqa: PLR0913 - one parameter an option
     """Quantize a model for its targets, compare them with FP32, and write the bundle."""
     from qdeploy import pipeline
     from qdeploy.recipe import Given, TargetRequest, merged, read_recipe
+    from qdeploy.workers import hired
 
     given = Given(
         source=source,
@@ -62,8 +65,8 @@ def export(  # noqa: PLR0913 - one parameter an option
         max_drop=max_drop,
     )
     whole = merged(Given() if recipe is None else read_recipe(recipe), given)
-    with results() as file:
-        report = pipeline.run(whole, output, force=force, progress=progress(quiet=quiet))
+    with results() as file, hired(workers, ray) as share:
+        report = pipeline.run(whole, output, force=force, progress=progress(quiet=quiet), workers=share)
         return give(report, file, as_json=as_json, quiet=quiet, ending=_ending(report, output))
 
 

@@ -40,7 +40,7 @@ Targets = Annotated[
     typer.Option(
         "--target",
         metavar="NAME[:PRECISION]",
-        help="What to build for; see qdeploy backends.",
+        help="What to build for; see qdeploy backends. auto: what is recommended for this machine.",
         default_factory=list,
         show_default=False,
     ),
@@ -130,6 +130,24 @@ Preprocess = Annotated[
     ),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", metavar="N", help="Most calibration samples to use.")]
+WorkerCount = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Share calibration and probes among N processes; the result does not depend on it.",
+        show_default="this process alone",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share them among tasks of a Ray cluster (ray://host:10001, auto or local), one a core unless --workers "
+        "says how many.",
+    ),
+]
 Reader = Annotated[
     str | None,
     typer.Option(

@@ -29,12 +29,12 @@ def parity(
     from qdeploy import pipeline
 
     with results() as file:
-        recipe = _recipe(bundle, evaluation, metric, max_drop)
+        recipe = bundle_recipe(bundle, evaluation, metric, max_drop)
         report = pipeline.compare_bundle(recipe, bundle, target, progress(quiet=quiet))
         return give(report, file, as_json=as_json, quiet=quiet)
 
 
-def _recipe(path: Path, evaluation: str | None, metric: str | None, max_drop: float | None) -> Recipe:
+def bundle_recipe(path: Path, evaluation: str | None, metric: str | None, max_drop: float | None) -> Recipe:
     """The comparison of a bundle as a recipe."""
     from qdeploy.bundle.load import open_bundle
     from qdeploy.model import ModelSource

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qdeploy.cli import options
 from qdeploy.cli.output import printable, results
+from qdeploy.cli.parity import bundle_recipe
+from qdeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qdeploy.bundle.verify import Verification
+    from qdeploy.bundle.verify import Accuracy, Evaluation, Verification
 
 
 def verify(  # noqa: PLR0913 - one parameter an option
@@ -32,12 +35,18 @@ def verify(  # noqa: PLR0913 - one parameter an option
         str | None,
         typer.Option(metavar="NAME", help="The target, or folder, that it should serve.", show_default="the first"),
     ] = None,
+    version: Annotated[
+        int | None,
+        typer.Option("--model-version", metavar="N", help="Its version there.", show_default="the server's choice"),
+    ] = None,
+    evaluation: options.Evaluation = None,
+    metric: options.Metric = None,
     samples: Annotated[
         int | None,
         typer.Option(
             "--samples",
             metavar="N",
-            help="Requests to send, in turn over the golden samples.",
+            help="Requests to send, in turn over the golden and the evaluation samples.",
             show_default="each once",
         ),
     ] = None,
@@ -47,15 +56,38 @@ def verify(  # noqa: PLR0913 - one parameter an option
     quiet: options.Quiet = False,
 ) -> int:
     """Replay a bundle's golden samples on a server that speaks the Open Inference Protocol v2, such as Triton."""
+    from qdeploy.bundle.verify import require_sense
     from qdeploy.bundle.verify import verify as run
 
+    require_sense(url, samples, concurrency, timeout)
     with results() as file:
-        found = run(bundle, url, model=model, target=target, requests=samples, concurrency=concurrency, timeout=timeout)
+        found = run(
+            bundle,
+            url,
+            model=model,
+            version=version,
+            target=target,
+            evaluation=_opened(bundle, target, evaluation, metric),
+            requests=samples,
+            concurrency=concurrency,
+            timeout=timeout,
+        )
         if as_json:
             file.write(json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
         elif not quiet:
             file.writelines(f"{printable(line)}\n" for line in _lines(found))
     return found.exit_code
+
+
+def _opened(path: Path, target: str | None, data: str | None, metric: str | None) -> Evaluation | None:
+    """The evaluation samples asked for, if any."""
+    if data is None:
+        if metric is not None:
+            raise InputError("There is nothing to measure --metric on.", "Give --evaluation DATA, with labels.")
+        return None
+    from qdeploy import pipeline
+
+    return pipeline.open_evaluation(bundle_recipe(path, data, metric, None), path, target)
 
 
 def _lines(found: Verification) -> Iterator[str]:
@@ -70,7 +102,11 @@ def _lines(found: Verification) -> Iterator[str]:
         return
     yield f"answered    {found.answered} of {found.requests} requests; versions served: {', '.join(found.versions)}"
     if found.answered:
-        yield f"wrong       {_indices(found.wrong_samples)}"
+        kinds = (("golden", found.wrong_samples), ("evaluation", found.wrong_evaluation_samples))
+        wrong = "; ".join(f"{kind} samples {_indices(samples)}" for kind, samples in kinds if samples)
+        yield f"wrong       {wrong or 'none'}"
+    if found.accuracy is not None:
+        yield f"accuracy    {_accuracy(found.accuracy)}"
     for name, error in found.max_abs_error.items():
         yield f"off by      {error:.6g} at most in {name}"
     if found.agreement is not None:
@@ -83,11 +119,15 @@ def _lines(found: Verification) -> Iterator[str]:
 
 
 SHOWN = 10
-"""How many golden samples are named one by one."""
+"""How many samples are named one by one."""
+
+
+def _accuracy(found: Accuracy) -> str:
+    served = "cannot be compared" if found.server is None else f"{found.server:.4f}"
+    reported = "" if found.reported is None else f"; its report says {found.reported:.4f}"
+    return f"{found.metric} {served}, the bundle's {found.bundle:.4f} on the same {found.samples} samples{reported}"
 
 
 def _indices(samples: tuple[int, ...]) -> str:
-    if not samples:
-        return "none"
     more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
-    return f"golden samples {', '.join(map(str, samples[:SHOWN]))}{more}"
+    return f"{', '.join(map(str, samples[:SHOWN]))}{more}"

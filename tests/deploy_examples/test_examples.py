@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "deploy_examples"
 DIGITS = EXAMPLES / "01_digits"
 EFFICIENTNET = EXAMPLES / "02_efficientnet_lite0"
 MINILM = EXAMPLES / "03_minilm"
+LARGEST_PAGE = 3_000_000
 
 
 def logits(network, image):
@@ -177,6 +178,8 @@ def test_the_readmes_command_makes_a_bundle_that_passes(example, fixture, precis
 
     report = run_qdeploy(arguments, tmp_path, tmp_path / arguments[arguments.index("-o") + 1])
 
+    page = tmp_path / arguments[arguments.index("-o") + 1] / "report.html"
+    assert page.stat().st_size < LARGEST_PAGE
     assert [row["precision"] for row in report["targets"]] == precisions
     assert {(row["target"], row["status"]) for row in report["targets"]} == {("ort-cpu", "pass")}
 
@@ -212,3 +215,25 @@ def test_the_digits_recipe_makes_the_model_that_the_readmes_command_makes(tmp_pa
         made.append((folder / "out/digits/ort-cpu/model.onnx").read_bytes())
 
     assert made[0] == made[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "package", "main"),
+    [
+        ("05_edge", "digits-edge", "model.onnx"),
+        ("06_android", "digits-android", "src/main/assets/model_digits/model.ort"),
+        ("07_ios", "digits-ios", "Sources/model.mlpackage/Manifest.json"),
+    ],
+)
+def test_a_packaging_readmes_commands_make_a_sound_package(example, package, main, tmp_path):
+    (tmp_path / EXAMPLES.name).symlink_to(EXAMPLES)
+    found = re.search(r"^```bash\n(.*?)^```", (EXAMPLES / example / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    script = f"{found[1]}cd out/{package} && sha256sum --quiet -c SHA256SUMS"
+    subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True)
+
+    folder = tmp_path / "out" / package
+    assert (folder / main).stat().st_size
+    if example == "05_edge":
+        subprocess.run([sys.executable, "run.py", "--tolerance", "0"], cwd=folder, check=True)

@@ -10,18 +10,15 @@ README.md, qdeploy-package.json, SHA256SUMS
 
 from __future__ import annotations
 
-import re
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdeploy.bundle.golden import read_npz, write_npz
 from qdeploy.bundle.load import open_bundle
 from qdeploy.bundle.packages.package import chosen, writing_package
-from qdeploy.errors import InternalError
+from qdeploy.bundle.packages.shipped import image_preprocessing, preprocessing_code, shipped
 from qdeploy.model import copy_model
-from qdeploy.samples.kinds import preprocessing_from_json
 from qdeploy.samples.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -49,38 +46,12 @@ def package_edge(path: Path, output: Path, *, target: str | None = None, force: 
         copy_model(path / entry.folder / entry.main, folder).rename(folder / "model.onnx")
         if (path / "golden").exists():
             _write_golden(path / "golden", entry.folder, folder / "golden")
-        (folder / "run.py").write_text(_shipped("edge_run.py"), "utf-8")
-        preprocessing = _image_preprocessing(bundle.manifest)
+        (folder / "run.py").write_text(shipped("edge_run.py"), "utf-8")
+        preprocessing = image_preprocessing(bundle.manifest)
         if preprocessing is not None:
             (folder / "preprocess.py").write_text(preprocessing_code(preprocessing), "utf-8")
         (folder / "requirements.txt").write_text(_requirements(bundle.manifest, preprocessing), "utf-8")
         (folder / "README.md").write_text(_readme(path.resolve().name, entry, bundle.manifest, preprocessing), "utf-8")
-
-
-def preprocessing_code(preprocessing: Preprocessing) -> str:
-    """A module that makes model inputs of image files, with the settings as its constants."""
-    code = _shipped("edge_preprocess.py")
-    settings = {
-        "RESIZE": preprocessing.resize,
-        "CROP": preprocessing.crop_size,
-        "COLOR": preprocessing.color,
-        "LAYOUT": preprocessing.layout,
-        "SCALE": preprocessing.scale,
-        "MEAN": preprocessing.mean,
-        "STD": preprocessing.std,
-    }
-    for name, value in settings.items():
-        literal = f'"{value}"' if isinstance(value, str) else repr(value)
-        code, found = re.subn(rf"^({name}: .* = ).*?(  #|$)", rf"\g<1>{literal}\g<2>", code, flags=re.MULTILINE)
-        if found != 1:
-            message = f"edge_preprocess.py holds {name} {found} times"
-            raise InternalError(message)
-    return code
-
-
-def _shipped(name: str) -> str:
-    """The text of a module of this folder that goes into packages as it is."""
-    return files("qdeploy.bundle.packages").joinpath(name).read_text("utf-8")
 
 
 def _write_golden(golden: Path, target: str, folder: Path) -> None:
@@ -92,11 +63,6 @@ def _write_golden(golden: Path, target: str, folder: Path) -> None:
     outputs = read_npz(golden / "outputs.npz")
     own = {name: array for name, array in outputs.items() if name.startswith(f"{target}/")}
     write_npz(folder / "outputs.npz", {name.removeprefix(f"{target}/"): array for name, array in own.items()})
-
-
-def _image_preprocessing(manifest: Manifest) -> Preprocessing | None:
-    found = preprocessing_from_json(manifest.preprocessing) if manifest.preprocessing else None
-    return found if isinstance(found, Preprocessing) else None
 
 
 def _requirements(manifest: Manifest, preprocessing: Preprocessing | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from io import BytesIO
 from typing import Any
 
@@ -20,10 +19,15 @@ STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 def preprocess(content: bytes) -> Any:
     """The input for the bytes of an image file."""
-    with Image.open(BytesIO(content)) as file:
-        if file.mode.startswith(("I", "F")):
-            sys.exit(f"The image has more than 8 bits a channel (mode {file.mode}): convert it first.")
-        image = cropped(resized(file.convert("L" if COLOR == "gray" else "RGB")))
+    with Image.open(BytesIO(content)) as image:
+        return prepared(image)
+
+
+def prepared(image: Image.Image) -> Any:
+    """The input for an image."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"The image has more than 8 bits a channel (mode {image.mode}): convert it first.")
+    image = cropped(resized(image.convert("L" if COLOR == "gray" else "RGB")))
     pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
     if COLOR == "bgr":
         pixels = pixels[..., ::-1]
@@ -46,6 +50,8 @@ def cropped(image: Image.Image) -> Image.Image:
         return image
     height, width = CROP
     if image.width < width or image.height < height:
-        sys.exit(f"The image's {image.width}x{image.height} pixels are fewer than the crop of {width}x{height}.")
+        raise ValueError(
+            f"The image's {image.width}x{image.height} pixels are fewer than the crop of {width}x{height}."
+        )
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))

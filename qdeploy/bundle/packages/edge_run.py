@@ -113,7 +113,10 @@ def read_inputs(path: Path, session: onnxruntime.InferenceSession) -> Arrays:
         preprocess = importlib.import_module("preprocess").preprocess
     except ModuleNotFoundError as error:
         sys.exit(f"Images need {error.name}, which is not installed: pip install pillow")
-    return {session.get_inputs()[0].name: preprocess(path.read_bytes())}
+    try:
+        return {session.get_inputs()[0].name: preprocess(path.read_bytes())}
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} cannot be prepared: {error}")
 
 
 def golden(name: str) -> Arrays:

@@ -89,7 +89,7 @@ def test_layers_name_a_planted_fault(qdeploy, problem, tmp_path):
 def test_layers_take_the_statistics_of_an_earlier_calibration(qdeploy, given, tmp_path, monkeypatch):
     assert qdeploy("calibrate --quiet", *given, "-o", tmp_path / "s.npz").code == 0
     anew = qdeploy("analyze layers --json", *given)
-    monkeypatch.setattr(analyze, "collect", pytest.fail)
+    monkeypatch.setattr(analyze, "collected", pytest.fail)
 
     again = qdeploy("analyze layers --json", *given, "--statistics", tmp_path / "s.npz")
 
@@ -196,3 +196,12 @@ def test_a_figure_that_is_not_finite_is_null():
 
     plain = {"a": [math.inf, 1.5, (math.nan,)], "b": {"c": -math.inf, "d": None, "e": "inf"}}
     assert _finite(plain) == {"a": [None, 1.5, [None]], "b": {"c": None, "d": None, "e": "inf"}}
+
+
+def test_only_sensitivity_takes_workers(qdeploy, problem):
+    data = ("--calibration", problem / "samples.npz")
+
+    ended = qdeploy("analyze layers", problem / "net.onnx", *data, "--workers 2")
+
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: --workers and --ray are not for layers.\nLeave them out; sensitivity takes them.\n"

@@ -88,3 +88,21 @@ def test_mistakes(here, problem, qdeploy, command, message):
 
     assert (ended.code, ended.out, ended.err) == (2, "", f"error: {message}\n")
     assert sorted(path.name for path in here.iterdir()) == ["first.npz", "second.npz"]
+
+
+def test_workers_leave_the_same_file(qdeploy, problem, tmp_path):
+    data = ("--calibration", problem / "samples.npz")
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+
+    assert qdeploy("calibrate", problem / "net.onnx", *data, "-o", one).code == 0
+    assert qdeploy("calibrate", problem / "net.onnx", *data, "-o", two, "--workers 2").code == 0
+
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_no_workers_are_refused(qdeploy, problem, tmp_path):
+    data = ("--calibration", problem / "samples.npz")
+
+    ended = qdeploy("calibrate", problem / "net.onnx", *data, "-o", tmp_path / "out.npz", "--workers 0")
+
+    assert (ended.code, ended.err) == (2, "error: --workers cannot be 0.\nGive at least 1.\n")

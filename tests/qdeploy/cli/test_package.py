@@ -146,7 +146,7 @@ def test_what_cannot_be_packaged_is_refused(bundle, tmp_path, qdeploy):
     assert f"The bundle {bundle} has no target 'ort-gpu'." in unknown.err
     assert f"{bundle / 'edge'} lies in the bundle {bundle}, which stays as it is." in inside.err
     assert "which stays as it is" in itself.err
-    assert several.err == "error: An edge package holds one target.\nGive --target once.\n"
+    assert several.err == "error: A package for edge holds one target.\nGive --target once.\n"
     assert "is not a qdeploy bundle" in nowhere.err
     assert not (tmp_path / "edge").exists()
 

@@ -102,7 +102,8 @@ MISTAKES = {
         "There is no model file job/gone.onnx.\nCheck the path."
     ),
     "[model]\nsource = 'net.onnx'\n[[target]]\nname = 'ort-cpu'\nthread = 2": (
-        "ort-cpu has no option 'thread'.\nDid you mean 'threads'? Known: threads, graph_level."
+        "ort-cpu has no option 'thread'.\nDid you mean 'threads'? "
+        "Known: threads, graph_level, reduce_range, block_size, accuracy_level."
     ),
     "[model]\nsource = 'net.onnx'": "There is no target.\nAdd --target NAME, for example --target ort-cpu.",
 }

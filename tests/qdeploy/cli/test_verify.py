@@ -240,3 +240,106 @@ def test_the_program_ends_well_while_requests_are_under_way(bundle, model, progr
         ended = [program("verify", bundle, "--url", url, "--concurrency 8 --samples 500") for _ in range(3)]
 
     assert [each.code for each in ended] == [3, 3, 3]
+
+
+def test_evaluation_samples_are_replayed_and_their_accuracy_is_told(bundle, problem, model, qdeploy):
+    with http_server(model, NAME) as url:
+        ended = qdeploy("verify", bundle, "--url", url, "--concurrency 4 --json --evaluation", problem / "samples.npz")
+        shown = qdeploy("verify", bundle, "--url", url, "--evaluation", problem / "samples.npz")
+
+    found = json.loads(ended.out)
+    assert (ended.code, found["requests"], found["answered"]) == (0, 64 + 120, 64 + 120)
+    accuracy = found["accuracy"]
+    assert (accuracy["metric"], accuracy["samples"], accuracy["drop"]) == ("top1", 120, 0.0)
+    assert accuracy["server"] == accuracy["bundle"] == pytest.approx(accuracy["reported"], abs=1e-6)
+    assert "accuracy    top1 " in shown.out
+    assert " on the same 120 samples; its report says " in shown.out
+
+
+def test_wrong_answers_to_evaluation_samples_are_found_and_cost_accuracy(bundle, problem, model, qdeploy):
+    import onnxruntime as ort
+
+    samples = np.load(problem / "samples.npz")
+    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    logits = np.concatenate([session.run(None, {"image": image[None]})[0] for image in samples["image"]])
+    right = np.flatnonzero(logits.argmax(1) == samples["labels"])
+    ours = len(right) / 120
+    spoilt = [int(i) for i in right if i >= 64][:6]  # the first 64 are the golden samples, too
+
+    def turn(_, outputs):
+        (answer,) = outputs
+        hit = any(np.array_equal(answer, logits[i : i + 1]) for i in spoilt)
+        return [-answer - np.float32(50)] if hit else outputs
+
+    with http_server(model, NAME, trouble=turn) as url:
+        ended = qdeploy("verify", bundle, "--url", url, "--json --evaluation", problem / "samples.npz")
+
+    found = json.loads(ended.out)
+    accuracy = found["accuracy"]
+    assert (ended.code, found["wrong_samples"], found["wrong_evaluation_samples"]) == (1, [], spoilt)
+    assert (accuracy["bundle"], accuracy["server"]) == (pytest.approx(ours), pytest.approx(ours - 6 / 120))
+    assert accuracy["drop"] == pytest.approx(6 / 120)
+    assert accuracy["drop_interval"][0] < 6 / 120 < accuracy["drop_interval"][1]
+
+
+def test_a_nan_leaves_the_servers_accuracy_open(bundle, problem, model, qdeploy):
+    nan = np.float32(np.nan)
+    with http_server(model, NAME, trouble=lambda _, outputs: [outputs[0] * nan]) as url:
+        ended = qdeploy("verify", bundle, "--url", url, "--evaluation", problem / "samples.npz")
+
+    assert ended.code == 1
+    assert "accuracy    top1 cannot be compared, the bundle's " in ended.out
+    assert "; evaluation samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 110 more\n" in ended.out
+
+
+def test_so_many_requests_are_sent_in_turn(bundle, problem, model, qdeploy):
+    sent = []
+    with http_server(model, NAME, trouble=lambda _, outputs: sent.append(1) or outputs) as url:
+        ended = qdeploy("verify", bundle, "--url", url, "--samples 300 --json --evaluation", problem / "samples.npz")
+
+    found = json.loads(ended.out)
+    assert (ended.code, len(sent), found["requests"], found["answered"]) == (0, 300, 300, 300)
+    assert found["accuracy"]["samples"] == 120  # each counts once, though some were sent twice
+
+
+def test_a_server_that_dies_amid_evaluation_leaves_what_was_answered(bundle, problem, model, qdeploy):
+    seen = []
+
+    def die(handler, outputs):
+        seen.append(1)
+        if len(seen) <= 100:
+            return outputs
+        handler.close_connection = True
+        return None
+
+    with http_server(model, NAME, trouble=die) as url:
+        ended = qdeploy("verify", bundle, "--url", url, "--timeout 2 --json --evaluation", problem / "samples.npz")
+
+    found = json.loads(ended.out)
+    assert (ended.code, found["answered"], found["requests"]) == (3, 100, 184)
+    assert found["accuracy"]["samples"] == 36
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--metric top1", "There is nothing to measure --metric on."),
+        ("--evaluation nowhere.npz", "There is no file nowhere.npz."),
+    ],
+)
+def test_evaluation_that_makes_no_sense_is_refused(bundle, qdeploy, arguments, message):
+    ended = qdeploy("verify", bundle, "--url http://127.0.0.1:1", arguments)
+
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.err
+
+
+def test_another_version_of_the_model_is_asked_for_by_its_number(bundle, model, qdeploy):
+    with http_server(model, NAME) as url:
+        ended = qdeploy("verify", bundle, "--url", url, "--model-version 2")
+
+    assert ended.code == 3
+    assert (
+        f"does not serve version 2 of the model '{NAME}': [400] unknown model: /v2/models/{NAME}/versions/2"
+        in ended.err
+    )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qdeploy.bundle.packages.edge import preprocessing_code
+from qdeploy.bundle.packages.shipped import preprocessing_code
 from qdeploy.samples.preprocessing import Preprocessing
 
 
@@ -73,7 +73,7 @@ def test_its_numbers_stand_at_the_top_as_they_were_given():
 def test_an_image_that_does_not_fit_is_refused_in_a_sentence():
     preprocess = shipped(Preprocessing(crop=8))
 
-    with pytest.raises(SystemExit, match="The image's 7x9 pixels are fewer than the crop of 8x8"):
+    with pytest.raises(ValueError, match="The image's 7x9 pixels are fewer than the crop of 8x8"):
         preprocess(png(np.zeros((9, 7, 3), np.uint8)))
-    with pytest.raises(SystemExit, match="more than 8 bits a channel"):
+    with pytest.raises(ValueError, match="more than 8 bits a channel"):
         preprocess(png(np.zeros((9, 9), np.uint16)))

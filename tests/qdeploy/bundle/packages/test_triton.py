@@ -5,7 +5,7 @@ import pytest
 
 from qdeploy.bundle.golden import GoldenSample, write_golden
 from qdeploy.bundle.manifest import seal
-from qdeploy.bundle.packages.triton import package_triton
+from qdeploy.bundle.packages.triton import PYTHON, package_triton
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, TensorSpec
 
@@ -95,7 +95,7 @@ def test_a_scalar_is_sent_as_an_array_of_one(packaged):
     config, _ = packaged(outputs=(TensorSpec("loss", "float32", ()),))
 
     (loss,) = config.output
-    assert (list(loss.dims), loss.HasField("reshape"), list(loss.reshape.shape)) == ([1], True, [])
+    assert (list(loss.dims), loss.HasField("reshape")) == ([1], False)  # Triton refuses to reshape it to nothing
 
 
 def test_what_triton_does_not_run_is_refused(sealed, tmp_path):
@@ -112,3 +112,99 @@ def test_a_bundle_without_targets_is_refused(tmp_path, manifest):
 
     with pytest.raises(InputError, match="has no targets"):
         package_triton(tmp_path / "net", tmp_path / "repository")
+
+
+def read_config(folder):
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+
+
+@pytest.fixture
+def pictures(tmp_path, manifest):
+    """A bundle of an ONNX model that was measured on images."""
+    import onnx
+    from onnx import helper
+
+    bundle = tmp_path / "net"
+    (bundle / "ort-cpu").mkdir(parents=True)
+    float32 = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["image"], ["logits"])],
+        "net",
+        [helper.make_tensor_value_info("image", float32, ["batch", 3])],
+        [helper.make_tensor_value_info("logits", float32, ["batch", 3])],
+    )
+    onnx.save(helper.make_model(graph), bundle / "ort-cpu" / "model.onnx")
+    seal(bundle, manifest.model_copy(update={"preprocessing": {"resize": 9, "crop": 8, "color": "bgr"}}))
+    return bundle
+
+
+def test_a_python_entry_carries_its_code_and_joins_no_requests(pictures, tmp_path):
+    names = package_triton(pictures, tmp_path / "repository", servings=PYTHON, version=3)
+
+    folder = tmp_path / "repository" / "net-ort-cpu"
+    config = read_config(folder)
+    assert names == ("net-ort-cpu", "net-ort-cpu-image")
+    assert (config.backend, config.platform, config.max_batch_size) == ("python", "", 8)
+    assert not config.HasField("dynamic_batching")
+    assert sorted(path.name for path in (folder / "3").iterdir()) == ["model.onnx", "model.py"]
+
+
+@pytest.mark.parametrize("serving", ["native", "python"])
+def test_an_image_goes_through_its_preprocessing_to_the_model(pictures, tmp_path, serving):
+    servings = {"servings": PYTHON} if serving == "python" else {}
+    package_triton(pictures, tmp_path / "repository", **servings)
+
+    preprocess = read_config(tmp_path / "repository" / "net-preprocess")
+    ensemble = read_config(tmp_path / "repository" / "net-ort-cpu-image")
+    raw = [("raw_image", 2, [-1, -1, 3])]  # TYPE_UINT8
+    assert tensors(preprocess.input) == tensors(ensemble.input) == raw
+    assert tensors(preprocess.output) == [("image", 11, [-1, 3])]
+    assert tensors(ensemble.output) == [("logits", 11, [-1, 10])]
+    assert (ensemble.platform, ensemble.max_batch_size) == ("ensemble", 0)
+    first, then = ensemble.ensemble_scheduling.step
+    assert (first.model_name, dict(first.input_map), dict(first.output_map)) == (
+        "net-preprocess",
+        {"raw_image": "raw_image"},
+        {"image": "image"},
+    )
+    assert (then.model_name, dict(then.input_map), dict(then.output_map)) == (
+        "net-ort-cpu",
+        {"image": "image"},
+        {"logits": "logits"},
+    )
+    code = (tmp_path / "repository" / "net-preprocess" / "1" / "preprocess.py").read_text()
+    assert "RESIZE: int | None = 9  #" in code
+    assert 'COLOR: str = "bgr"  #' in code
+
+
+def test_a_model_that_takes_more_than_an_image_has_no_entry_for_images(packaged):
+    inputs = (TensorSpec("image", "float32", (1, 3)), TensorSpec("state", "float32", (1, 4)))
+
+    packaged(inputs=inputs, preprocessing={"resize": 9})  # gives no other name than the target's
+
+
+def test_each_entry_tells_which_model_it_was_made_of(pictures, tmp_path):
+    import hashlib
+
+    package_triton(pictures, tmp_path / "repository")
+
+    digest = hashlib.sha256((pictures / "ort-cpu" / "model.onnx").read_bytes()).hexdigest()
+    for name in ("net-ort-cpu", "net-ort-cpu-image"):
+        assert read_config(tmp_path / "repository" / name).parameters["model_sha256"].string_value == digest
+
+
+def test_a_version_counts_from_one(pictures, tmp_path):
+    with pytest.raises(InputError, match="The version of a model cannot be 0"):
+        package_triton(pictures, tmp_path / "repository", version=0)
+
+
+def test_what_has_no_python_entry_is_refused(tmp_path, manifest):
+    (tmp_path / "net" / "tensorrt").mkdir(parents=True)
+    target = manifest.targets[0].model_copy(update={"target": "tensorrt", "folder": "tensorrt", "main": "model.plan"})
+    seal(tmp_path / "net", manifest.model_copy(update={"targets": (target,)}))
+
+    with pytest.raises(InputError, match="It runs ort-cpu: export for one of them"):
+        package_triton(tmp_path / "net", tmp_path / "repository", servings=PYTHON)
