@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from qdeploy.device import this_cpu
 
 PACKAGES = ("qdeploy", "onnx", "onnxruntime", "onnxscript", "numpy", "torch", "tensorrt", "tensorrt-rtx")
 
@@ -31,11 +32,8 @@ def package_version(name: str) -> str:
 
 def _processor() -> str:
     """The processor's name, with the instructions that decide how fast int8 runs on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
+    cpu = this_cpu()
+    if cpu is None:
         return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}
-    flags = set(facts.get("flags", facts.get("Features", "")).split())
-    known = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
-    return " ".join([facts.get("model name", platform.machine()), *known])
+    known = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if name in cpu.features]
+    return " ".join([cpu.name, *known])

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from qdeploy.backend import Artifact, Evidence
 from qdeploy.model import size_of_files
 from qdeploy.parity import latency as timing
@@ -19,6 +21,10 @@ DECIMALS = 6
 """Of figures in the report: differences beyond them are rounding of the sums."""
 
 
+QUANTILES = tuple(range(0, 101, 5))
+"""Of the latencies, in percent: enough to draw their distribution."""
+
+
 def plain(options: Any) -> dict[str, Any]:
     """A backend's options as JSON holds them."""
     result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options)))
@@ -27,6 +33,7 @@ def plain(options: Any) -> dict[str, Any]:
 
 def latency_row(latency: timing.Latency, threads: int | None, batch: int) -> schema.Latency:
     """Percentiles for the report."""
+    low, high = timing.median_interval(latency)
     return schema.Latency(
         p50=round(latency.p50, 4),
         p90=round(latency.p90, 4),
@@ -34,6 +41,8 @@ def latency_row(latency: timing.Latency, threads: int | None, batch: int) -> sch
         runs=latency.runs,
         threads=threads,
         batch=batch,
+        p50_interval=(round(low, 4), round(high, 4)),
+        quantiles=tuple(round(float(q), 4) for q in np.percentile(latency.times_ms, QUANTILES)),
     )
 
 
@@ -75,6 +84,7 @@ def accuracy_fields(comparison: Comparison) -> dict[str, Any]:
             for name, each in comparison.outputs.items()
         },
         "evaluation_samples": comparison.samples,
+        "evaluation_digest": comparison.samples_digest or None,
     }
 
 

@@ -1,4 +1,4 @@
-"""The two JSON files of a bundle that people's scripts read: report.json and layers.json, both of schema 1.
+"""The JSON files of a bundle that people's scripts read, all of schema 1: report.json, layers.json, and the ranges.
 
 Fields may be added to a schema, never changed. A figure that was not measured is null, never 0. JSON knows no NaN
 and no infinity: a figure that is not finite is null too, and its row's `reason` gives its value.
@@ -119,6 +119,8 @@ class Latency(Value):
         runs: How many runs were timed.
         threads: Threads the runtime was given; 0 for one a core; null where that has no meaning.
         batch: Samples in one run.
+        p50_interval: Of `p50`.
+        quantiles: The fastest run, every 5th percentile, and the slowest run: 21 times.
     """
 
     p50: float
@@ -127,6 +129,8 @@ class Latency(Value):
     runs: int
     threads: int | None = None
     batch: int | None = None
+    p50_interval: Interval | None = None
+    quantiles: tuple[float, ...] = ()
 
 
 class Model(Value):
@@ -189,6 +193,52 @@ class Step(Value):
     seconds: float | None = None
 
 
+class ParetoPoint(Value):
+    """One choice between accuracy and time: some layers in float, the others quantized.
+
+    Attributes:
+        kept_float: Names of the nodes that are given back to float.
+        sqnr_db: Of the output against FP32's, on the samples of the search.
+        metric: Accuracy on the same samples, by the reference's metric.
+        cost: Share of the network's multiplications that are done in float, 0 to 1.
+        latency_ms: Median of one run.
+        chosen: Whether it is the one in the artifact.
+    """
+
+    kept_float: tuple[str, ...]
+    sqnr_db: float | None = None
+    metric: float | None = None
+    cost: float | None = None
+    latency_ms: float | None = None
+    chosen: bool = False
+
+
+class RemainingLayer(Value):
+    """A layer that loses much.
+
+    Attributes:
+        node: Its name.
+        op_type: Its ONNX operator.
+        sqnr_db: Of the output against FP32's, with this layer alone quantized.
+    """
+
+    node: str
+    op_type: str
+    sqnr_db: float | None = None
+
+
+class Remaining(Value):
+    """What a target loses beyond its budget.
+
+    Attributes:
+        gap: By how much the drop exceeds the budget.
+        layers: Those that lose most, the worst first.
+    """
+
+    gap: float
+    layers: tuple[RemainingLayer, ...] = ()
+
+
 class Output(Value):
     """How one output differs from the reference's, over all evaluation samples.
 
@@ -227,6 +277,7 @@ class Target(Value):
         max_abs_error: Of the outputs, against the reference's.
         outputs: The figures of each output, by name, in the model's order.
         evaluation_samples: Samples that the figures above rest on.
+        evaluation_digest: sha256 of those samples and their labels, in order, before preprocessing.
         latency_ms: On the target's runtime.
         baseline_latency_ms: FP32 on the same runtime and device.
         speedup: Baseline p50 / p50.
@@ -235,6 +286,8 @@ class Target(Value):
         samples: Calibration samples, if it was calibrated.
         quantized_ops: Operators by what they compute in ("int8", "float", …), counted in the built artifact.
         steps: Recovery steps, in order.
+        remaining: What is lost beyond the budget; null if the budget is met or none was given.
+        pareto: What mixed precision could choose from, from the fastest to the most accurate; empty without it.
         options: The backend's options.
         warnings: What the user should know though it decides nothing.
     """
@@ -257,6 +310,7 @@ class Target(Value):
     max_abs_error: float | None = None
     outputs: Mapping[str, Output] = Field(default_factory=dict)
     evaluation_samples: int | None = None
+    evaluation_digest: str | None = None
     latency_ms: Latency | None = None
     baseline_latency_ms: Latency | None = None
     speedup: float | None = None
@@ -265,6 +319,8 @@ class Target(Value):
     samples: int | None = None
     quantized_ops: Mapping[str, int] = Field(default_factory=dict)
     steps: tuple[Step, ...] = ()
+    pareto: tuple[ParetoPoint, ...] = ()
+    remaining: Remaining | None = None
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -287,6 +343,7 @@ class Report(Document):
         model: The model that was exported.
         reference: The float32 model's own figures.
         targets: One row for each target and precision, in the order asked for.
+        max_drop: The allowed drop of the metric; null if none was given.
         environment: Versions, processor and system, by name.
         notes: What concerns all targets.
     """
@@ -295,6 +352,7 @@ class Report(Document):
     model: Model
     reference: Reference
     targets: tuple[Target, ...]
+    max_drop: float | None = None
     environment: Mapping[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -309,3 +367,162 @@ class Layers(Document):
     """layers.json: what each ONNX node became in one target's artifact."""
 
     layers: tuple[Layer, ...]
+
+
+class TensorRange(Value):
+    """One activation of a quantized model: its values over the calibration samples, and the range chosen for it.
+
+    Attributes:
+        name: The tensor's name in the graph.
+        integer: What it is stored in, for example "uint8".
+        scale: Real size of one step.
+        zero_point: The integer that stands for zero.
+        range: Lower and upper end of the values that the integers stand for.
+        observed: The smallest and the largest value.
+        clipped: Share of the values that lie more than half a step outside the range, 0 to 1.
+        counts: Values in bins of equal width from the smallest to the largest value, rounded.
+    """
+
+    name: str
+    integer: str
+    scale: float
+    zero_point: int
+    range: tuple[float, float]
+    observed: tuple[float, float]
+    clipped: float
+    counts: tuple[int, ...]
+
+
+class Ranges(Document):
+    """calibration/<folder>.json: the activations of one target's artifact."""
+
+    tensors: tuple[TensorRange, ...]
+
+    def text(self) -> str:
+        """The file's content, one line a tensor: their histograms are long."""
+        lines = ",\n".join(json.dumps(each.model_dump(mode="json"), ensure_ascii=False) for each in self.tensors)
+        return f'{{"schema": {self.schema_number}, "tensors": [\n{lines}\n]}}\n'
+
+
+class Effect(Value):
+    """What one layer in one type does to the output; null where nothing was lost, or all.
+
+    Attributes:
+        sqnr_db: Of the output.
+        kl_divergence: Of the classes, in nats.
+        agreement: Share of rows with the float model's answer, 0 to 1.
+        metric: The task's metric.
+    """
+
+    sqnr_db: float | None = None
+    kl_divergence: float | None = None
+    agreement: float | None = None
+    metric: float | None = None
+
+
+class LayerSensitivity(Value):
+    """One layer alone in each type, by the type's name."""
+
+    node: str
+    op_type: str
+    weight: str
+    effects: Mapping[str, Effect]
+
+
+class Sensitivity(Document):
+    """What `qdeploy analyze sensitivity --json` prints."""
+
+    analysis: Literal["sensitivity"]
+    model: str
+    target: str
+    samples: int
+    metric: str | None = None
+    reference_metric: float | None = None
+    layers: tuple[LayerSensitivity, ...]
+
+
+class Limits(Value):
+    """What may get worse: differences of accuracy and SQNR, ratios of latency and size."""
+
+    accuracy_loss: float
+    sqnr_loss: float
+    slowdown: float
+    growth: float
+
+
+class Figure(Value):
+    """One figure of a target in two bundles.
+
+    Attributes:
+        name: Its field in report.json; `latency_ms` stands for its median.
+        title: What it is called.
+        value: In the new bundle.
+        base: In the one that it is compared with.
+        change: New − old of accuracy, agreement and SQNR; new / old of size and latency.
+        interval: Of `change`, 95 %, where both were measured with one.
+        limit: How much worse it may be; null where it decides nothing.
+        standing: Of a latency whose interval holds 1, "same".
+        beyond: Whether it is worse than the limit allows.
+    """
+
+    name: str
+    title: str
+    value: float
+    base: float
+    change: float
+    interval: Interval | None = None
+    limit: float | None = None
+    standing: Literal["better", "same", "worse"]
+    beyond: bool = False
+
+
+class LayerChange(Value):
+    """A node that computes in something else than before; null where a bundle does not have it."""
+
+    node: str
+    precision: str | None
+    base: str | None
+
+
+class Difference(Value):
+    """One target in two bundles; `beyond` says in sentences what is worse than allowed."""
+
+    name: str
+    status: Literal["pass", "fail", "unavailable"]
+    base_status: Literal["pass", "fail", "unavailable"]
+    figures: tuple[Figure, ...]
+    layers: tuple[LayerChange, ...]
+    beyond: tuple[str, ...]
+
+
+class Differences(Document):
+    """What `qdeploy report NEW --compare BASE --json` prints.
+
+    Attributes:
+        model: Name of the new bundle's model.
+        new: What the new bundle is called.
+        base: What the other is called.
+        metric: What accuracy is measured by; null without one.
+        limits: Beyond them, what got worse counts.
+        targets: Those that both have.
+        added: Targets that only the new bundle has.
+        missing: Targets that only the other has: each is worse than allowed.
+        beyond: What is worse than allowed, one sentence each; empty if all is well.
+        notes: What could not be compared, and why.
+    """
+
+    model: str
+    new: str
+    base: str
+    metric: str | None
+    limits: Limits
+    targets: tuple[Difference, ...]
+    added: tuple[str, ...]
+    missing: tuple[str, ...]
+    beyond: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """For the command line: 1 if something is worse than allowed, else 0."""
+        return int(bool(self.beyond))

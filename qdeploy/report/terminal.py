@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from qdeploy.report import wording
+from qdeploy.report.comparison import difference_lines, figure_cells, verdict
 
 if TYPE_CHECKING:
-    from qdeploy.report.schema import Report
+    from qdeploy.report.schema import Differences, Report
 
 WIDTH = 100
 """Columns of the output when it goes to a file or a pipe."""
@@ -28,6 +29,26 @@ def show(report: Report, file: IO[str]) -> None:
     console.print(_table(report))
     console.print()
     for line in _lines(report):
+        console.print(plain(line))
+
+
+def show_differences(found: Differences, file: IO[str]) -> None:
+    """Print two bundles side by side: a table, then what is worse than allowed."""
+    console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
+    console.print(plain(f"{found.model}, {found.new} against {found.base}: {verdict(found)}"))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("Target", "", found.base, found.new, "Change", "95 % interval", ""):
+        table.add_column(plain(title), justify="left" if title == "Target" else "right")
+    for target in found.targets:
+        for index, figure in enumerate(target.figures):
+            standing = plain(f"{figure.standing}{'!' if figure.beyond else ''}")
+            standing.stylize(COLOURS["fail"] if figure.beyond else "")
+            texts = (target.name if index == 0 else "", *figure_cells(figure))
+            table.add_row(*map(plain, texts), standing)
+    console.print()
+    console.print(table)
+    console.print()
+    for line in difference_lines(found):
         console.print(plain(line))
 
 

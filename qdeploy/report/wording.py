@@ -46,12 +46,12 @@ def reference_cells(report: Report) -> tuple[Cell, ...]:
     return (
         Cell("reference", "fp32"),
         Cell(""),
-        Cell(_number(reference.metric.value if reference.metric else None)),
+        Cell(number(reference.metric.value if reference.metric else None)),
         Cell(""),
         Cell(""),
         Cell(""),
         Cell(size(reference.size_bytes)),
-        Cell(_median(reference.latency_ms)),
+        Cell(median(reference.latency_ms)),
     )
 
 
@@ -60,13 +60,16 @@ def target_cells(row: Target) -> tuple[Cell, ...]:
     return (
         Cell(row.target, row.precision),
         Cell(row.status, row.evidence or ""),
-        Cell(_number(row.metric)),
-        Cell(_number(row.drop), _interval(row.drop_interval)),
-        Cell(_percent(row.agreement)),
-        Cell(_decibels(row.sqnr_db)),
-        Cell(size(row.size_bytes), _ratio(row.compression)),
-        Cell(_median(row.latency_ms), _ratio(row.speedup)),
+        Cell(number(row.metric)),
+        Cell(number(row.drop), interval(row.drop_interval)),
+        Cell(percent(row.agreement)),
+        Cell(decibels(row.sqnr_db)),
+        Cell(size(row.size_bytes), ratio(row.compression)),
+        Cell(median(row.latency_ms), ratio(row.speedup)),
     )
+
+
+STEPS = "Steps"
 
 
 def details(row: Target) -> tuple[tuple[str, str], ...]:
@@ -74,14 +77,14 @@ def details(row: Target) -> tuple[tuple[str, str], ...]:
     calibration = f"{row.reader}, {row.samples} samples" if row.reader else ""
     pairs = (
         ("Calibration", calibration),
-        ("Steps", "; ".join(_step(step) for step in row.steps)),
+        (STEPS, "; ".join(_step(step) for step in row.steps)),
         ("Operators", ", ".join(f"{count} {kind}" for kind, count in row.quantized_ops.items())),
         ("Evaluation samples", "" if row.evaluation_samples is None else str(row.evaluation_samples)),
-        ("Largest error", "" if row.max_abs_error is None else _significant(row.max_abs_error)),
+        ("Largest error", "" if row.max_abs_error is None else significant(row.max_abs_error)),
         ("Cosine similarity", "" if row.cosine is None else f"{row.cosine:.6f}"),
-        ("Latency", _distribution(row.latency_ms)),
-        ("FP32 on the same runtime", _distribution(row.baseline_latency_ms)),
-        ("Speed-up, 95 % interval", _interval(row.speedup_interval, 2)),
+        ("Latency", distribution(row.latency_ms)),
+        ("FP32 on the same runtime", distribution(row.baseline_latency_ms)),
+        ("Speed-up, 95 % interval", interval(row.speedup_interval, 2)),
         ("Options", ", ".join(f"{name} = {value}" for name, value in row.options.items())),
         ("Artifact", row.artifact or ""),
     )
@@ -92,7 +95,7 @@ def _step(step: Step) -> str:
     """A step with what the ladder found of it."""
     parts = [step.detail] if step.detail else []
     if step.drop is not None:
-        parts += [f"drop {step.drop:z.4f}", _decibels(step.sqnr_db)]
+        parts += [f"drop {step.drop:z.4f}", decibels(step.sqnr_db)]
     if step.seconds is not None:
         parts.append(f"{step.seconds:.1f} s")
     if not step.kept:
@@ -107,14 +110,14 @@ def output_cells(row: Target) -> Iterator[tuple[str, ...]]:
     """How each output differs from FP32's."""
     for name, output in row.outputs.items():
         cosine = ABSENT if output.cosine is None else f"{output.cosine:.6f}"
-        largest = ABSENT if output.max_abs_error is None else _significant(output.max_abs_error)
-        yield name, _decibels(output.sqnr_db), cosine, largest, _percent(output.equal)
+        largest = ABSENT if output.max_abs_error is None else significant(output.max_abs_error)
+        yield name, decibels(output.sqnr_db), cosine, largest, percent(output.equal)
 
 
 def eager_sentence(eager: Eager) -> str:
     """How far the exported model is from the PyTorch module."""
-    largest = ABSENT if eager.max_abs_error is None else _significant(eager.max_abs_error)
-    figures = f"largest difference {largest}, SQNR {_decibels(eager.sqnr_db)}, agreement {_percent(eager.agreement)}"
+    largest = ABSENT if eager.max_abs_error is None else significant(eager.max_abs_error)
+    figures = f"largest difference {largest}, SQNR {decibels(eager.sqnr_db)}, agreement {percent(eager.agreement)}"
     return f"The exported model against the PyTorch module: {figures}."
 
 
@@ -126,44 +129,55 @@ def size(count: int | None) -> str:
         ((count / factor, unit) for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= factor),
         (float(count), "B"),
     )
-    return f"{_significant(amount)} {unit}"
+    return f"{significant(amount)} {unit}"
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three significant digits; an exponent only where the number is tiny or huge."""
     if value == 0.0 or 1e-3 <= abs(value) < 1e6:
         return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
     return f"{value:.2e}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure of four decimals."""
     return ABSENT if value is None else f"{value:z.4f}"
 
 
-def _interval(ends: Interval | None, digits: int = 4) -> str:
+def interval(ends: Interval | None, digits: int = 4) -> str:
+    """The two ends of an interval; empty if there is none."""
     return "" if ends is None else f"[{ends[0]:z.{digits}f}, {ends[1]:z.{digits}f}]"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share in percent."""
     return ABSENT if share is None else f"{100 * share:.2f} %"
 
 
-def _decibels(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """An SQNR."""
     return ABSENT if value is None else f"{value:z.1f} dB"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """How many times; empty if it was not measured."""
     return "" if value is None else f"{value:.2f}×"
 
 
-def _median(latency: Latency | None) -> str:
-    return ABSENT if latency is None else f"{_significant(latency.p50)} ms"
+def median(latency: Latency | None) -> str:
+    """The median latency."""
+    return ABSENT if latency is None else f"{significant(latency.p50)} ms"
 
 
-def _distribution(latency: Latency | None) -> str:
+def distribution(latency: Latency | None) -> str:
+    """All that is known of a latency; empty if it was not measured."""
     if latency is None:
         return ""
-    tails = f"p90 {_significant(latency.p90)} ms, p99 {_significant(latency.p99)} ms, {latency.runs} runs"
-    threads = "" if latency.threads is None else f", {latency.threads or 'all'} threads"
+    tails = f"p90 {significant(latency.p90)} ms, p99 {significant(latency.p99)} ms, {latency.runs} runs"
+    threads = (
+        ""
+        if latency.threads is None
+        else f", {latency.threads or 'all'} {'thread' if latency.threads == 1 else 'threads'}"
+    )
     batch = "" if latency.batch is None else f", batch {latency.batch}"
-    return f"p50 {_significant(latency.p50)} ms, {tails}{threads}{batch}"
+    return f"p50 {significant(latency.p50)} ms, {tails}{threads}{batch}"

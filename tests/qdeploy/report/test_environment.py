@@ -7,6 +7,7 @@ import socket
 from importlib.metadata import version
 from pathlib import Path
 
+from qdeploy.device import cpu_from_cpuinfo
 from qdeploy.report.environment import environment, package_version
 
 
@@ -31,9 +32,8 @@ def test_a_package_that_is_not_installed_has_no_version():
     assert package_version("no-such-package") == ""
 
 
-def test_the_instructions_that_decide_int8_speed_are_named(monkeypatch, tmp_path):
+def test_the_instructions_that_decide_int8_speed_are_named(monkeypatch):
     text = "model name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n"
-    (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr("qdeploy.report.environment.Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr("qdeploy.report.environment.this_cpu", lambda: cpu_from_cpuinfo("x86_64", text))
 
     assert environment()["processor"] == "Some CPU @ 2 GHz avx512_vnni amx_int8"

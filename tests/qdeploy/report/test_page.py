@@ -1,7 +1,11 @@
+import base64
 import dataclasses
+import hashlib
+import re
 from html.parser import HTMLParser
 
-from qdeploy.report import page, schema
+from qdeploy.report import comparison, comparison_page, page, schema
+from qdeploy.report.contents import Contents
 
 EVIL = "<script>alert('x')</script>&\""
 
@@ -11,15 +15,18 @@ class Reader(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.texts = [], [], []
+        self.open, self.tags, self.texts, self.fields = [], [], [], {}
         self.feed(html)
         self.close()
 
         assert self.open == []
 
-    def handle_starttag(self, tag, _attributes):
+    def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        if tag != "meta":
+        named = dict(attributes)
+        if "data-path" in named:
+            self.fields.setdefault(named["data-path"], set()).add(named["value"])
+        if tag not in ("meta", "link", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -30,8 +37,8 @@ class Reader(HTMLParser):
             self.texts.append(data.strip())
 
 
-def test_the_page_says_what_the_report_says(report, layers):
-    read = Reader(page.render(report, {"ort-cpu": layers}))
+def test_the_page_says_what_the_report_says(contents):
+    read = Reader(page.render(contents))
 
     for text in (
         "digits",
@@ -52,21 +59,55 @@ def test_the_page_says_what_the_report_says(report, layers):
         "conv1_quant",
         "1.32.0",
         "21,034",
+        *("conv1.weight", "12.5 dB"),
+        *("37.5 dB", "12.50 %", "✓ chosen"),
+        "\n".join(page.COMMANDS),
+        '[model]\nsource = "model.py:build"',
     ):
         assert text in read.texts
     assert read.texts.index("1 of 2 targets passed; cannot be built here: tensorrt:int8.") < read.texts.index("Target")
 
 
-def test_the_page_stands_alone(report, layers):
-    html = page.render(report, {"ort-cpu": layers})
+def test_a_ladder_is_told_step_by_step(contents):
+    steps = (
+        schema.Step(name="none", drop=0.08, sqnr_db=6.5, seconds=8.0),
+        schema.Step(name="bias-correction", detail="No bias.", drop=0.09, sqnr_db=6.0, seconds=2.5, kept=False),
+        schema.Step(name="adaround", detail="scipy is missing.", seconds=0.5, kept=False),
+    )
+    remaining = schema.Remaining(gap=0.06, layers=(schema.RemainingLayer(node="conv9", op_type="Conv", sqnr_db=11.5),))
+    row = contents.report.targets[0].model_copy(update={"steps": steps, "remaining": remaining})
+    report = contents.report.model_copy(update={"targets": (row,)})
 
-    assert {"script", "link", "img", "iframe"}.isdisjoint(Reader(html).tags)
+    read = Reader(page.render(Contents(report)))
+
+    told = read.texts[read.texts.index("Recovery") :]
+    shown = ["before any step", "0.0800", "6.5 dB", "8.0 s", "✓ kept"]
+    shown += ["bias-correction", "No bias.", "0.0900", "6.0 dB", "2.5 s", "taken back"]
+    shown += ["adaround", "scipy is missing.", "0.5 s", "not taken"]
+    shown += ["0.0600", "more than allowed is lost.", "conv9", "11.5 dB"]
+    assert [text for text in told if text in shown][: len(shown)] == shown
+
+
+def test_the_page_stands_alone(contents):
+    html = page.render(contents)
+
+    assert {"img", "iframe", "object", "style"} & set(Reader(html).tags) == {"style"}
     assert "url(" not in html
-    assert "http" not in html
+    assert set(re.findall(r"https?://[^\"\s]*", html)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert "default-src 'none'" in html
 
 
-def test_no_text_becomes_markup(report, layers):
-    plain = Reader(page.render(report, {"ort-cpu": layers}))
+def test_only_our_own_script_may_run(contents):
+    html = page.render(contents)
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+
+
+def test_no_text_becomes_markup(contents):
+    plain = Reader(page.render(contents))
+    report = contents.report
     row = report.targets[0].model_copy(
         update={
             "target": EVIL,
@@ -77,6 +118,9 @@ def test_no_text_becomes_markup(report, layers):
             "reader": EVIL,
             "quantized_ops": {EVIL: 1},
             "steps": (schema.Step(name=EVIL, detail=EVIL),),
+            "pareto": tuple(
+                each.model_copy(update={"kept_float": each.kept_float and (EVIL,)}) for each in report.targets[0].pareto
+            ),
             "options": {EVIL: EVIL},
             "warnings": (EVIL,),
         }
@@ -92,14 +136,50 @@ def test_no_text_becomes_markup(report, layers):
         }
     )
     fields = {"node": EVIL, "op_type": EVIL, "layer": EVIL, "weights": EVIL, "precision": EVIL}
+    layers = contents.layers["ort-cpu"]
     evil_layers = tuple(
         dataclasses.replace(layer, **fields, inputs=(EVIL,), outputs=(EVIL,), fused_with=(EVIL,)) for layer in layers
     )
-    read = Reader(page.render(evil, {EVIL: evil_layers}))
+    ranges = tuple(each.model_copy(update={"name": EVIL, "integer": EVIL}) for each in contents.ranges["ort-cpu"])
+    sensitivity = contents.sensitivity["ort-cpu"]
+    named = {
+        "node": EVIL,
+        "op_type": EVIL,
+        "weight": EVIL,
+        "effects": dict.fromkeys((EVIL, EVIL + "2"), schema.Effect(sqnr_db=1.0)),
+    }
+    sensitivity = sensitivity.model_copy(update={"layers": (sensitivity.layers[0].model_copy(update=named),)})
 
-    assert read.tags == plain.tags
+    read = Reader(page.render(Contents(evil, {EVIL: evil_layers}, {EVIL: ranges}, EVIL, {EVIL: sensitivity})))
+
+    def without_names(tags):
+        return [tag for tag in tags if tag != "data"]
+
+    assert without_names(read.tags).count("script") == plain.tags.count("script")
+    assert set(read.tags) == set(plain.tags)
     assert EVIL in read.texts
 
 
-def test_a_target_without_layers_has_no_table_of_them(report):
-    assert "details" not in Reader(page.render(report, {})).tags
+def test_a_target_of_which_nothing_more_is_known_has_no_empty_parts(report):
+    texts = Reader(page.render(Contents(report))).texts
+
+    assert {"Layers", "Activations", "Sensitivity", "Reproduce"}.isdisjoint(texts)
+    assert "Mixed precision" in texts
+
+
+def test_a_comparison_stands_alone_and_says_what_is_worse(contents):
+    report = contents.report
+    slow = report.targets[0].model_copy(
+        update={"latency_ms": schema.Latency(p50=0.5, p90=0.6, p99=0.7, runs=100), "target": EVIL, "metric": 0.9}
+    )
+    worse = dataclasses.replace(contents, report=report.model_copy(update={"targets": (slow,)}))
+    base = dataclasses.replace(contents, report=report.model_copy(update={"targets": report.targets[:1]}))
+    found = comparison.compare(worse, base, comparison.limits(0.01, 3.0, 1.1, 1.05), ("new", EVIL))
+
+    html = comparison_page.render(found)
+
+    read = Reader(html)
+    assert "url(" not in html
+    assert read.tags.count("script") == 1
+    for text in ("Worse than allowed: 2 findings.", EVIL, "new", "0.9822", "0.9000", "-0.0822", "▼ worse", "= same"):
+        assert text in read.texts

@@ -29,7 +29,7 @@ def test_options_are_plain_json():
 
 def test_accuracy_is_that_of_the_first_output():
     other = difference(X, X + 1)
-    comparison = Comparison(30, {"y": difference(X, Y), "z": other}, 0.9, 0.8666666666, 1 / 30, (-1 / 7, 1 / 3))
+    comparison = Comparison(30, {"y": difference(X, Y), "z": other}, 0.9, 0.8666666666, 1 / 30, (-1 / 7, 1 / 3), "ab12")
 
     fields = rows.accuracy_fields(comparison)
 
@@ -57,6 +57,7 @@ def test_accuracy_is_that_of_the_first_output():
             ),
         },
         "evaluation_samples": 30,
+        "evaluation_digest": "ab12",
     }
     assert schema.Target(target="t", precision="int8", status="pass", **fields).drop == 0.033333
 
@@ -65,7 +66,7 @@ def test_what_was_not_measured_is_null():
     fields = rows.accuracy_fields(Comparison(3, {"ids": difference(np.arange(3), np.arange(3))}))
 
     assert {name for name, value in fields.items() if value is None} == {
-        *("metric", "drop", "drop_interval", "agreement", "cosine", "sqnr_db", "max_abs_error")
+        *("metric", "drop", "drop_interval", "agreement", "cosine", "sqnr_db", "max_abs_error", "evaluation_digest")
     }
     assert rows.speed_fields(None, 1, 1) == {}
 
@@ -86,7 +87,11 @@ def test_speed_is_given_beside_its_baseline():
 
     fields = rows.speed_fields((mine, baseline), 4, 8)
 
-    assert fields["latency_ms"] == schema.Latency(p50=1.1, p90=1.18, p99=1.198, runs=20, threads=4, batch=8)
+    latency = fields["latency_ms"]
+    assert (latency.p50, latency.p90, latency.p99) == (1.1, 1.18, 1.198)
+    assert (latency.runs, latency.threads, latency.batch) == (20, 4, 8)
+    assert latency.quantiles == pytest.approx(np.linspace(1.0, 1.2, 21), abs=1e-4)
+    assert latency.p50_interval[0] < 1.1 < latency.p50_interval[1]
     assert fields["baseline_latency_ms"].p50 == 3.15
     assert fields["speedup"] == round(3.15 / 1.1, 4)
     assert fields["speedup_interval"] == pytest.approx(speedup(baseline, mine)[1], abs=1e-4)
