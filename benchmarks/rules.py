@@ -73,8 +73,21 @@ def rules() -> Iterator[Rule]:
     yield Rule("Gelu", wide, U8, _around("Gelu", ""))
     yield Rule("Add of a residual", tokens | {"r": tokens["x"][::-1].copy()}, U8, _RESIDUAL)
     table = rng.integers(-127, 128, (VOCABULARY, FEATURES), np.int8)
-    constants = {**I8, "table": (0.03 * table).astype(np.float32), "stored": table}
+    constants = {**I8, "table": (0.03 * table).astype(np.float32), "stored": table, **_small_tables(rng)}
     yield Rule("Gather of embeddings", {"ids": rng.integers(0, VOCABULARY, (1, TOKENS))}, constants, _GATHER)
+
+
+def _small_tables(rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
+    """A scale for each row of 8 bits; 4 bits in blocks of 32, with scales and zero points."""
+    import ml_dtypes
+
+    counts = (VOCABULARY, FEATURES // 32)
+    nibbles = {"blocks": (VOCABULARY, FEATURES), "zeros": counts}
+    return {
+        "rows": rng.uniform(0.02, 0.04, (VOCABULARY, 1)).astype(np.float32),
+        "scales": rng.uniform(0.2, 0.4, counts).astype(np.float32),
+        **{name: rng.integers(0, 16, shape, np.uint8).astype(ml_dtypes.uint4) for name, shape in nibbles.items()},
+    }
 
 
 def _weight(rng: np.random.Generator, rows: int, columns: int) -> dict[str, NDArray[np.generic]]:
@@ -114,6 +127,11 @@ _RESIDUAL = {
 _GATHER = {
     FLOAT: "y = Gather(table, ids)",
     "int8 table, dequantized behind": "m = Gather(stored, ids) y = DequantizeLinear(m, t, i)",
+    "int8 rows, a scale each": ("m = Gather(stored, ids) f = Cast<to = 1>(m) k = Gather(rows, ids) y = Mul(f, k)"),
+    "uint4 in blocks of 32": (
+        "y = com.microsoft.GatherBlockQuantized<block_size = 32, gather_axis = 0, quantize_axis = 1>"
+        "(blocks, ids, scales, zeros)"
+    ),
     "int8 table, dequantized before": "m = DequantizeLinear(stored, t, i) y = Gather(m, ids)",
     "int8 table, QDQ pair behind": (
         f"d = DequantizeLinear(stored, t, i) m = Gather(d, ids) {_pair('m', 't, i')} y = Identity(m_d)"
@@ -154,7 +172,7 @@ def _write(rule: Rule, body: str, path: Path) -> None:
 
     kinds = {"float32": "float", "int64": "int64"}
     inputs = ", ".join(f"{kinds[a.dtype.name]}{list(a.shape)} {name}" for name, a in rule.inputs.items())
-    header = '<ir_version: 9, opset_import: ["" : 20]>'
+    header = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>'
     model = onnx.parser.parse_model(f"{header} net ({inputs}) => (float y) {{ {body} }}")
     model.graph.output[0].type.tensor_type.ClearField("shape")
     read = set(re.findall(r"\w+", body))

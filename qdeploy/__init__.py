@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdeploy import qat as qat
     from qdeploy.analysis.layers import layer_errors as layer_errors
     from qdeploy.analysis.sensitivity import sensitivity as sensitivity
     from qdeploy.analysis.weights import weight_reports as weight_reports
@@ -73,6 +74,8 @@ class _Package(ModuleType):
             from importlib.metadata import version
 
             return version("qdeploy")
+        if name == "qat":
+            return importlib.import_module("qdeploy.qat")
         if name not in _MODULES:
             message = f"module 'qdeploy' has no attribute {name!r}"
             raise AttributeError(message)

@@ -9,17 +9,17 @@ from pathlib import Path
 from qdeploy.analysis.cache import plan_digest, recall, remember, samples_digest
 from qdeploy.analysis.layers import LayerErrors, layer_errors
 from qdeploy.analysis.operands import at_bits, takes_bits
-from qdeploy.analysis.sensitivity import FLOAT16, Sensitivity, parts, sensitivity
+from qdeploy.analysis.sensitivity import FLOAT16, Sensitivity, parts, sensitivity, sensitivity_shared
 from qdeploy.analysis.weights import WeightReport, weight_reports
-from qdeploy.collect import collect
 from qdeploy.errors import InputError
-from qdeploy.pipeline import SILENT, Making, Subject, to_analyze
+from qdeploy.pipeline import SILENT, Making, Subject, collected, to_analyze
 from qdeploy.plan import QuantPlan, plan
 from qdeploy.progress import Progress
 from qdeploy.recipe import Recipe
 from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.steps import STEPS
 from qdeploy.statistics import Statistics
+from qdeploy.workers import Workers
 
 BITS = (4, 8, 16)
 """Widths that sensitivity is measured at unless told otherwise."""
@@ -55,7 +55,12 @@ def analyze_layers(recipe: Recipe, statistics: Path | None = None, *, progress: 
 
 
 def analyze_sensitivity(
-    recipe: Recipe, statistics: Path | None = None, *, bits: Sequence[int] = BITS, progress: Progress = SILENT
+    recipe: Recipe,
+    statistics: Path | None = None,
+    *,
+    bits: Sequence[int] = BITS,
+    progress: Progress = SILENT,
+    workers: Workers | None = None,
 ) -> Sensitivity:
     """What every layer costs that alone is stored in so many bits; 16 are int16 where the target has it, else float16.
 
@@ -66,14 +71,15 @@ def analyze_sensitivity(
         statistics: Of an earlier calibration; None to calibrate.
         bits: Widths from 2 to 16.
         progress: Told of each step.
+        workers: Who shares calibration and probes; None for this process alone. The result does not depend on it.
 
     Raises:
         InputError: The recipe, or something that it names, is wrong, or the target has no calibrated ranges.
     """
     if not bits or not all(2 <= width <= 16 for width in bits):
         raise InputError(f"The widths cannot be {', '.join(map(str, bits)) or 'none'}.", "Name some from 2 to 16.")
-    with to_analyze(recipe, progress) as subject:
-        making = _calibrated(subject, statistics, progress)
+    with to_analyze(recipe, progress, workers) as subject:
+        making = _calibrated(subject, statistics, progress, workers)
         with progress.step("Planning", len(bits)) as advance:
             plans = {}
             for width in dict.fromkeys(bits):
@@ -87,13 +93,17 @@ def analyze_sensitivity(
         size = subject.samples.size
         runs = None if size is None else size * sum(len(parts(each)) for each in plans.values())
         with progress.step("Storing one layer at a time", runs) as advance:
-            found = sensitivity(plans, subject.samples, making.folder, metric=subject.metric, on_part=advance)
+            if workers is None:
+                found = sensitivity(plans, subject.samples, making.folder, metric=subject.metric, on_part=advance)
+            else:
+                opened, metric = subject.open_some, subject.make_metric
+                found = sensitivity_shared(making.model, plans, opened, workers, metric=metric, on_part=advance)
         if key:
             remember(key, found)
         return found
 
 
-def _calibrated(subject: Subject, path: Path | None, progress: Progress) -> Making:
+def _calibrated(subject: Subject, path: Path | None, progress: Progress, workers: Workers | None = None) -> Making:
     """What there is to analyze, with statistics."""
     making = subject.making
     if not making.job.calibrated:
@@ -104,8 +114,7 @@ def _calibrated(subject: Subject, path: Path | None, progress: Progress) -> Maki
         statistics.require_model(making.model.digest)
     else:
         assert making.samples is not None
-        with progress.step("Calibrating", making.samples.size) as advance:
-            statistics = collect(making.model, making.samples, on_sample=advance)
+        statistics = collected(making.model, making.samples, subject.open_all, progress, workers)
     return replace(making, statistics=statistics)
 
 

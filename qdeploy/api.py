@@ -15,6 +15,7 @@ from qdeploy.backend import Arrays, Backend, Runner, option_text, parse_options
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
 from qdeploy.recipe import Recipe, TargetRequest, with_options
+from qdeploy.recommend import AUTO, recommend_by_name
 from qdeploy.samples.kinds import AnyPreprocessing, parse_preprocessing
 from qdeploy.scheme import QuantContract
 
@@ -139,7 +140,7 @@ def contract(target: str, precision: str = "", **options: Any) -> QuantContract:
     """A target's rules, whether or not it can be built here.
 
     Args:
-        target: Its name.
+        target: Its name, or "auto" for what is recommended for this machine.
         precision: One that it takes; empty for its first.
         options: The target's own.
 
@@ -147,6 +148,9 @@ def contract(target: str, precision: str = "", **options: Any) -> QuantContract:
         InputError: There is no such target, precision or option.
         UnavailableError: The target's plug-in needs a package that is not installed.
     """
+    if target == AUTO:
+        chosen = recommend_by_name(AUTO).request(precision)
+        target, precision, options = chosen.name, chosen.precision, {**chosen.options, **options}
     kind = registry.backends().load(target)
     backend: Backend = kind()
     precision = precision or backend.precisions[0]

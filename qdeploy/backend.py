@@ -58,7 +58,8 @@ class Layer:
         inputs: Type of each input ("int8", "fp32", …).
         weights: Type of its weights, or None without weights.
         outputs: Type of each output.
-        precision: What it computes in: int8, fp16, fp32, int4, fp8 or unknown.
+        precision: What it computes in: int8, fp16, fp32, fp8 or unknown; of integer weights under float activations,
+            their type: int8 or int4.
         fused_with: Names of the nodes that run in the same layer.
     """
 

@@ -8,10 +8,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.analysis.sensitivity import LayerSensitivity
 from qdeploy.backend import Artifact, Backend, Evidence
 from qdeploy.bundle.golden import GoldenSample, write_golden
 from qdeploy.export import EagerRunner, LoadedModel
-from qdeploy.ladder import Attempt
+from qdeploy.ladder import Climb
 from qdeploy.model import FloatModel, QuantizedModel, copy_model, model_files, size_of_files
 from qdeploy.parity import harness
 from qdeploy.parity.compare import Comparison
@@ -19,6 +20,7 @@ from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric
 from qdeploy.parity.verdict import Stray, budget_warning, judge
 from qdeploy.recipe import Recipe, TargetRequest
+from qdeploy.recover.recovery import Recovery
 from qdeploy.report.environment import environment, package_version
 from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.samples.states import States, completed
@@ -28,7 +30,8 @@ from qdeploy.statistics import Statistics
 
 if TYPE_CHECKING:
     from qdeploy.bundle.manifest import Manifest
-    from qdeploy.report.schema import Reference, Report, Step, Target
+    from qdeploy.report import schema
+    from qdeploy.report.schema import ParetoPoint, Reference, Report, Step, Target, TensorRange
 
 
 CALIBRATED_FORMS = (Form.QDQ, Form.QDQ_FLOAT16)
@@ -63,6 +66,11 @@ class Job:
         """Whether its ranges come from calibration samples."""
         return self.contract.form in CALIBRATED_FORMS
 
+    @property
+    def sampled(self) -> bool:
+        """Whether it looks at calibration samples, for its ranges or for its weights."""
+        return self.calibrated or bool(self.steps)
+
 
 @dataclass(frozen=True)
 class Unavailable:
@@ -81,8 +89,10 @@ class Built:
     baseline: Artifact | None
     quantized: QuantizedModel | None
     violations: tuple[str, ...]
-    attempts: tuple[Attempt, ...] = ()
-    """Steps that the ladder tried."""
+    found: Climb[Recovery] | None = None
+    """The plan that it was quantized by and what the ladder tried, if it was calibrated."""
+    ranges: tuple[TensorRange, ...] = ()
+    """Of its activations, if it was calibrated."""
 
     def subject(self) -> harness.Subject:
         """What the measurements need of it."""
@@ -95,6 +105,20 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Remaining:
+    """What a target loses beyond its budget.
+
+    Attributes:
+        gap: By how much the drop exceeds the budget.
+        layers: Those first that lose most of the output when they alone are quantized; empty where no calibration
+            sample is at hand to tell.
+    """
+
+    gap: float
+    layers: tuple[LayerSensitivity, ...]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of a built target."""
 
@@ -103,6 +127,7 @@ class Measured:
     comparison: Comparison
     stray: Stray | None
     times: tuple[Latency, Latency] | None
+    remaining: Remaining | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +153,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that one run did and measured."""
+    """All that one run did and measured; `notes` are the report's, of how its targets were chosen."""
 
     recipe: Recipe
     loaded: LoadedModel
@@ -138,6 +163,7 @@ class Outcome:
     metric: Metric | None
     lookups: list[Job | Unavailable]
     measured: list[Measured]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def complete(self) -> SampleSource:
@@ -153,8 +179,9 @@ class Outcome:
 def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     """Write everything of a bundle but the artifacts, which are there already, and seal it."""
     from qdeploy.bundle.manifest import seal
+    from qdeploy.report.contents import read_contents
     from qdeploy.report.page import render
-    from qdeploy.report.schema import Layers
+    from qdeploy.report.schema import Layers, Ranges
 
     float_folder = bundle / "float"
     float_folder.mkdir()
@@ -164,12 +191,14 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
         outcome.statistics.save(bundle / "calibration" / "statistics.npz")
     write_golden(bundle, _golden_samples(outcome))
     report = make_report(outcome)
-    layers = {each.built.job.folder: each.built.artifact.layers for each in outcome.measured}
-    for folder, each in layers.items():
-        (bundle / folder / LAYERS).write_text(Layers(layers=each).text(), "utf-8")
+    for built in (each.built for each in outcome.measured):
+        (bundle / built.job.folder / LAYERS).write_text(Layers(layers=built.artifact.layers).text(), "utf-8")
+        if built.ranges:
+            path = bundle / "calibration" / f"{built.job.folder}.json"
+            path.write_text(Ranges(tensors=built.ranges).text(), "utf-8")
     (bundle / "recipe.toml").write_text(outcome.recipe.as_toml(bundle), "utf-8")
     (bundle / "report.json").write_text(report.text(), "utf-8")
-    (bundle / "report.html").write_text(render(report, layers), "utf-8")
+    (bundle / "report.html").write_text(render(read_contents(bundle)), "utf-8")
     seal(bundle, _manifest(outcome))
     return report
 
@@ -186,13 +215,14 @@ def make_report(outcome: Outcome) -> Report:
     from qdeploy.report import schema
 
     model = outcome.model
-    notes = (*outcome.loaded.notes, *(outcome.statistics.notes if outcome.statistics else ()))
+    notes = (*outcome.notes, *outcome.loaded.notes, *(outcome.statistics.notes if outcome.statistics else ()))
     rows = iter([_row(outcome, each) for each in outcome.measured])
     return schema.Report(
         qdeploy=package_version("qdeploy"),
         model=schema.Model(name=model.name, digest=model.digest, parameters=model.parameters),
         reference=_reference(outcome),
         targets=tuple(next(rows) if isinstance(each, Job) else _missing_row(each) for each in outcome.lookups),
+        max_drop=outcome.recipe.max_drop,
         environment=environment(),
         notes=notes,
     )
@@ -257,9 +287,11 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
         size_bytes=size,
         compression=round(size_of_files(model_files(outcome.model.path)) / size, 4),
         reader=outcome.recipe.reader if calibrated else None,
-        samples=outcome.statistics.samples if calibrated and outcome.statistics else None,
+        samples=_calibration_samples(outcome, job),
         quantized_ops=rows.quantized_ops(built.artifact),
-        steps=_steps(built) if calibrated else (),
+        steps=_steps(built) if calibrated or not job.calibrated else (),
+        pareto=_pareto(built),
+        remaining=_remaining(measured.remaining),
         options=rows.plain(job.options),
         warnings=tuple(_warnings(outcome, measured)),
         **rows.verdict_fields(verdict, measured.evidence, [*_remarks(outcome, measured)]),
@@ -268,31 +300,83 @@ def _row(outcome: Outcome, measured: Measured) -> Target:
     )
 
 
+def _calibration_samples(outcome: Outcome, job: Job) -> int | None:
+    """How many samples a target's ranges or weights were chosen by; None if by none, or if nobody knows."""
+    if job.calibrated:
+        return outcome.statistics.samples if outcome.statistics else None
+    return outcome.samples.calibration.size if job.sampled and outcome.samples.calibration else None
+
+
 def _steps(built: Built) -> tuple[Step, ...]:
     """The steps taken, or all that the ladder tried."""
     from qdeploy.report import rows, schema
 
-    if not built.attempts:
+    attempts = built.found.attempts if built.found else ()
+    if not attempts:
         return tuple(schema.Step(name=name) for name in built.job.steps)
     return tuple(
         schema.Step(
             name=attempt.step or "none",
-            detail=attempt.reason,
+            detail=attempt.detail,
             kept=attempt.kept,
             drop=round(attempt.score.drop, rows.DECIMALS) if attempt.score else None,
             sqnr_db=round(attempt.score.sqnr_db, rows.DECIMALS) if attempt.score else None,
             seconds=round(attempt.seconds, 2),
         )
-        for attempt in built.attempts
+        for attempt in attempts
     )
+
+
+def _pareto(built: Built) -> tuple[ParetoPoint, ...]:
+    """What mixed precision could choose from, if the ladder came so far."""
+    from qdeploy.report import rows, schema
+
+    return tuple(
+        schema.ParetoPoint(
+            kept_float=each.point.nodes,
+            sqnr_db=round(each.score.sqnr_db, rows.DECIMALS),
+            metric=None if each.score.metric is None else round(each.score.metric, rows.DECIMALS),
+            cost=round(each.point.work, rows.DECIMALS),
+            latency_ms=None if each.latency_ms is None else round(each.latency_ms, 4),
+            chosen=each.chosen,
+        )
+        for each in (built.found.front if built.found else ())
+    )
+
+
+NAMED_LAYERS = 5
+"""Of those that lose most, when a budget is missed."""
+
+
+def _remaining(remaining: Remaining | None) -> schema.Remaining | None:
+    from qdeploy.report import rows, schema
+
+    if remaining is None:
+        return None
+    layers = (
+        schema.RemainingLayer(node=layer.node, op_type=layer.op_type, sqnr_db=round(effect.sqnr_db, rows.DECIMALS))
+        for layer in remaining.layers[:NAMED_LAYERS]
+        for effect in layer.effects.values()
+    )
+    return schema.Remaining(gap=round(remaining.gap, rows.DECIMALS), layers=tuple(layers))
 
 
 def _remarks(outcome: Outcome, measured: Measured) -> Iterator[str]:
     """What the figures of a row rest on."""
     if outcome.samples.remark:
         yield outcome.samples.remark
+    if measured.remaining is not None:
+        yield f"{measured.remaining.gap:.4f} more than the budget is lost."
+        yield from _blamed(measured.remaining.layers[:NAMED_LAYERS])
     if measured.evidence is Evidence.SIMULATED:
         yield "The target's own graph ran on ONNX Runtime's CPU; its latency was not measured."
+
+
+def _blamed(layers: tuple[LayerSensitivity, ...]) -> Iterator[str]:
+    """The layers behind what is left of the loss, if they are known."""
+    named = [f"{layer.node} ({effect.sqnr_db:.1f} dB)" for layer in layers for effect in layer.effects.values()]
+    if named:
+        yield f"Quantized alone, these lose most: {', '.join(named)}."
 
 
 def _warnings(outcome: Outcome, measured: Measured) -> Iterator[str]:

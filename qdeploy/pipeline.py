@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,21 +18,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy import registry
+from qdeploy.analysis.sensitivity import LayerSensitivity
 from qdeploy.backend import Arrays, Artifact, Backend, Evidence, Runner, no_progress, option_text, parse_options
+from qdeploy.bundle.verify import Evaluation
 from qdeploy.bundle.write import require_free, require_free_file, scratch_folder, writing, writing_file
-from qdeploy.collect import collect
+from qdeploy.collect import collect, collect_shared
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.export import EagerRunner, LoadedModel, export, load
 from qdeploy.graph import describe, load_graph, require_sound
-from qdeploy.ladder import Attempt, Score, search
+from qdeploy.ladder import Choice, Climb, Score, search
 from qdeploy.model import FloatModel, QuantizedModel, TensorSpec
-from qdeploy.outcome import LAYERS, Built, Job, Measured, Outcome, Samples, Unavailable, make_report, write_bundle
+from qdeploy.outcome import (
+    LAYERS,
+    Built,
+    Job,
+    Measured,
+    Outcome,
+    Remaining,
+    Samples,
+    Unavailable,
+    make_report,
+    write_bundle,
+)
 from qdeploy.parity import harness
-from qdeploy.parity.compare import Comparison
+from qdeploy.parity.compare import Comparison, compare
 from qdeploy.parity.latency import Latency
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
+from qdeploy.parity.remembered import Remembered
 from qdeploy.parity.verdict import require_metric
-from qdeploy.plan import QuantPlan, kept_nodes, matching_rule, plan
+from qdeploy.plan import Learned, QuantPlan, kept_nodes, matching_rule, plan, plan_from
 from qdeploy.prepare import prepare
 from qdeploy.progress import Progress, Silent, in_parts
 from qdeploy.quantize.dynamic import quantize_dynamic
@@ -43,21 +58,26 @@ from qdeploy.quantize.weight_qdq import quantize_weight_qdq
 from qdeploy.quantize.weights import quantize_weights
 from qdeploy.reader import CalibrationReader
 from qdeploy.recipe import Recipe, TargetRequest
+from qdeploy.recommend import with_chosen_targets
+from qdeploy.recover.gptq import gptq_weights
+from qdeploy.recover.mixed_precision import most_sensitive
 from qdeploy.recover.recovery import Means, Recovery
-from qdeploy.recover.steps import STEPS, recover, steps_for
+from qdeploy.recover.steps import STEPS, steps_for, steps_of, taken
+from qdeploy.report.ranges import tensor_ranges
 from qdeploy.samples.callables import load_callable
 from qdeploy.samples.check import checked
 from qdeploy.samples.head import remembering
-from qdeploy.samples.open import open_samples
+from qdeploy.samples.open import Opening
 from qdeploy.samples.preprocessing import Preprocessing
-from qdeploy.samples.source import Sample, SampleSource, every_other
+from qdeploy.samples.source import Sample, SampleSource, half
 from qdeploy.samples.states import States, completed, require_inputs, states_of
 from qdeploy.scheme import Form, QuantContract
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
+from qdeploy.workers import Workers
 
 if TYPE_CHECKING:
-    from qdeploy.report.schema import Report
+    from qdeploy.report.schema import Report, TensorRange
 
 SILENT = Silent()
 
@@ -65,19 +85,39 @@ BUILD_PARTS = 100
 """Of the bar that shows how far a target is."""
 
 
-def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Report:
+def run(
+    recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT, workers: Workers | None = None
+) -> Report:
     """Export, calibrate, quantize, lower, compare, and write the bundle.
+
+    Args:
+        recipe: What to do.
+        output: The bundle to write.
+        force: Replace an earlier one.
+        progress: Told of each step.
+        workers: Who shares the calibration samples; None for this process alone. The bundle does not depend on it.
 
     Raises:
         InputError: The recipe, or something that it names, is wrong.
     """
     require_free(output, force=force)
+    if recipe.calibration is not None:
+        _require_text(recipe.calibration, workers)
+    recipe, notes = with_chosen_targets(recipe)
     lookups = look_up(recipe)
     jobs = [job for job in lookups if isinstance(job, Job)]
     reader = calibration_reader(recipe.reader)
     metric = find_metric(recipe.metric)
     statistics = _given_statistics(recipe, jobs)
+    if recipe.source.kind in ("onnx", "exported-program"):
+        _require_calibration(recipe, jobs)
     loaded = load(recipe.source)
+    learned = loaded.learned
+    if learned is None:
+        _require_calibration(recipe, jobs)
+    else:
+        _refuse_recovery(recipe, learned)
+        statistics, jobs = None, [job for job in jobs if not job.calibrated]
     sources = _open_data(recipe, loaded)
     metric = _metric_for(metric, recipe.max_drop, sources.evaluation)
     with scratch_folder() as scratch, writing(output, force=force) as bundle:
@@ -86,9 +126,9 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
         samples, searching = _searching(recipe, _checked(sources, model, jobs), metric)
         kept_nodes(load_graph(model.path), recipe.keep)  # a pattern that matches nothing is found before calibration
         _check_targets(lookups, model)
-        if statistics is None and samples.calibration is not None:
-            with progress.step("Calibrating", samples.calibration.size) as advance:
-                statistics = collect(model, samples.calibration, on_sample=advance)
+        if statistics is None and samples.calibration is not None and any(job.calibrated for job in jobs):
+            source = _calibration_opener(recipe, loaded, samples.states, recipe.samples)
+            statistics = collected(model, samples.calibration, source, progress, workers)
         if statistics is not None:
             statistics.require_model(model.digest)
         built = []
@@ -100,14 +140,15 @@ def run(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress
                     tell = in_parts(advance, BUILD_PARTS)
                     work = _made(scratch / job.folder)
                     making = Making(job, model, statistics, reader, work, samples.calibration, recipe.keep, searching)
+                    making = replace(making, learned=learned and replace(learned, labels=model.labels))
                     built.append(build(making, bundle, tell))
             except (InputError, UnavailableError) as error:  # what this machine or this target cannot do may show now
                 if isinstance(error, InputError) and len(lookups) == 1:
                     raise  # nothing else was asked for
                 shutil.rmtree(bundle / job.folder)
                 lookups[place] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
-        measured = measure(model, built, samples, metric, progress)
-        outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured)
+        measured = measure(model, built, samples, metric, progress, recipe.max_drop)
+        outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured, notes)
         with progress.step("Writing the bundle"):
             return write_bundle(outcome, bundle)
 
@@ -145,7 +186,7 @@ def look_up(recipe: Recipe) -> list[Job | Unavailable]:
         if precision in (job.precision for job in same):
             raise InputError(f"The target {request.name}:{precision} is asked for twice.", "Name it once.")
         folder = f"{request.name}-{precision}" if same else request.name
-        found.append(Job(backend, precision, options, contract, steps, folder))
+        found.append(Job(backend, precision, options, contract, steps_of(contract.form, steps), folder))
     return found
 
 
@@ -181,23 +222,61 @@ def to_float_model(loaded: LoadedModel, sources: Samples, scratch: Path) -> Floa
     return replace(model, image=image)
 
 
-def calibrate(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Statistics:
-    """Collect the statistics of the recipe's calibration samples and save them."""
+def calibrate(
+    recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT, workers: Workers | None = None
+) -> Statistics:
+    """Collect the statistics of the recipe's calibration samples and save them.
+
+    Args:
+        recipe: Its model and its calibration data.
+        output: The file to write.
+        force: Replace it if it exists.
+        progress: Told of each step.
+        workers: Who shares the samples; None for this process alone. The file does not depend on it.
+
+    Raises:
+        InputError: The recipe, or something that it names, is wrong.
+        UnavailableError: Workers died again and again.
+    """
     require_free_file(output, force=force)
     if recipe.calibration is None:
         raise InputError("There is no calibration data.", "Give --calibration DATA.")
+    _require_text(recipe.calibration, workers)
     loaded = load(recipe.source)
     sources = _open_data(recipe, loaded)
     assert sources.calibration is not None
     with scratch_folder() as scratch:
         with progress.step("Exporting"):
             model = to_float_model(loaded, sources, scratch)
-        samples = _calibration(sources.calibration, states_of(recipe.states, model), model)
-        with progress.step("Calibrating", samples.size) as advance:
-            statistics = collect(model, samples, on_sample=advance)
+        states = states_of(recipe.states, model)
+        samples = _calibration(sources.calibration, states, model)
+        source = _calibration_opener(recipe, loaded, states, recipe.samples)
+        statistics = collected(model, samples, source, progress, workers)
     with writing_file(output, force=force) as path:
         statistics.save(path)
     return statistics
+
+
+def collected(
+    model: FloatModel,
+    samples: SampleSource,
+    source: Callable[[FloatModel], SampleSource],
+    progress: Progress,
+    workers: Workers | None,
+) -> Statistics:
+    """One calibration pass, in this process or shared.
+
+    Args:
+        model: A prepared model.
+        samples: Checked, and with every state.
+        source: Opens the same samples for a worker.
+        progress: Told of the step.
+        workers: Who shares the samples; None for this process alone.
+    """
+    with progress.step("Calibrating", samples.size) as advance:
+        if workers is None:
+            return collect(model, samples, on_sample=advance)
+        return collect_shared(model, source, workers, advance)
 
 
 def merge_statistics(parts: list[Path], output: Path, *, force: bool = False) -> Statistics:
@@ -230,16 +309,30 @@ def build(making: Making, bundle: Path, on_progress: Callable[[float], None] = n
     """Write the graph in the form that the target is given, and lower it into its folder of the bundle."""
     job, folder = making.job, _made(bundle / making.job.folder)
     quantized: QuantizedModel | None = None
-    attempts: tuple[Attempt, ...] = ()
-    if job.calibrated:
-        recovered, attempts = _recovered(making)
-        quantized = FROM_PLAN[job.contract.form](recovered, _made(making.folder / "quantized"))
+    found: Climb[Recovery] | None = None
+    ranges: tuple[TensorRange, ...] = ()
+    if job.calibrated and making.learned is not None:
+        settled = plan_from(making.model, making.learned, job.contract, making.keep)
+        quantized = FROM_PLAN[job.contract.form](settled, _made(making.folder / "quantized"))
+    elif job.calibrated:
+        found = _recovered(making)
+        quantized = FROM_PLAN[job.contract.form](found.best.plan, _made(making.folder / "quantized"))
+        ranges = tensor_ranges(found.best)
     elif job.contract.form is not Form.FLOAT:
-        rewrite = WITHOUT_RANGES[job.contract.form]
-        quantized = rewrite(making.model, job.contract, _made(making.folder / "quantized"), making.keep)
+        quantized = _without_ranges(making)
     artifact = job.backend.lower(quantized or making.model, job.precision, folder, job.options, on_progress)
     violations = _violations(quantized, artifact) if quantized else ()
-    return Built(job, artifact, _baseline(making, artifact), quantized, violations, attempts)
+    return Built(job, artifact, _baseline(making, artifact), quantized, violations, found, ranges)
+
+
+def _without_ranges(making: Making) -> QuantizedModel:
+    """The graph of a target whose ranges come from no samples; its weights may be rounded by samples all the same."""
+    model, contract, keep, folder = making.model, making.job.contract, making.keep, _made(making.folder / "quantized")
+    if not making.job.steps:
+        return WITHOUT_RANGES[contract.form](model, contract, folder, keep)
+    assert making.samples is not None
+    replaced = gptq_weights(model, contract, keep, making.samples, making.folder)
+    return FROM_WEIGHTS[contract.form](model, contract, folder, keep, replaced)
 
 
 def _baseline(making: Making, artifact: Artifact) -> Artifact | None:
@@ -278,6 +371,7 @@ class Making:
         samples: The calibration samples themselves; None where only their statistics are at hand.
         keep: Nodes that stay float.
         search: What the ladder looks at; None if the steps are given.
+        learned: The ranges and scales that training settled; None if they come from the statistics.
     """
 
     job: Job
@@ -288,31 +382,50 @@ class Making:
     samples: SampleSource | None = None
     keep: tuple[str, ...] = ()
     search: Search | None = None
+    learned: Learned | None = None
 
 
-def _recovered(making: Making) -> tuple[QuantPlan, tuple[Attempt, ...]]:
-    """The plan after the steps asked for, or after those that the ladder finds, and what the ladder tried."""
+def _recovered(making: Making) -> Climb[Recovery]:
+    """The plan and its statistics after the steps asked for, or those that the ladder finds, and what it tried."""
     assert making.statistics is not None
     drafted = plan(making.model, making.statistics, making.job.contract, making.reader, making.keep)
     means = Means(making.samples, making.reader, making.keep, _made(making.folder / "steps"))
-    if making.search is None:
-        return recover(drafted, making.statistics, making.job.steps, means), ()
     start = Recovery(drafted, making.statistics, means)
-    found = search(start, STEPS, partial(_score, making, making.search), making.search.max_drop)
-    return found.best.plan, found.attempts
+    if making.search is None:
+        return Climb(taken(start, making.job.steps), ())
+    reference = Remembered(harness.as_written(making.model.path), _made(making.folder / "reference"))
+    found = search(start, STEPS, partial(_score, making, making.search, reference), making.search.max_drop)
+    return replace(found, front=_timed(making, found.front))
 
 
-def _score(making: Making, searching: Search, candidate: QuantPlan) -> Score:
+def _score(making: Making, searching: Search, reference: Runner, candidate: QuantPlan) -> Score:
     """How good a plan is: its QDQ graph against FP32 on the samples of the search."""
     with tempfile.TemporaryDirectory(dir=making.folder) as folder:
         path = FROM_PLAN[making.job.contract.form](candidate, Path(folder)).path
-        subject = harness.Subject(making.job.folder, SessionRunner(path), None, None)
-        compared = harness.against_float(
-            making.model.path, [subject], searching.samples, searching.metric, lambda: None
-        )
-    comparison = compared[making.job.folder]
+        with reference, SessionRunner(path) as runner:
+            pair = harness.FLOAT, making.job.folder
+            runners = dict(zip(pair, (reference, runner), strict=True))
+            comparison = compare(runners, [pair], searching.samples, searching.metric)[pair]
     drop = math.inf if comparison.drop is None else comparison.drop
-    return Score(drop, -math.inf if comparison.sqnr_db is None else comparison.sqnr_db)
+    sqnr_db = -math.inf if comparison.sqnr_db is None else comparison.sqnr_db
+    return Score(drop, sqnr_db, comparison.metric)
+
+
+def _timed(making: Making, front: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """The front with latencies, side by side, where the target itself runs here."""
+    job, runners = making.job, dict[str, Runner]()
+    assert making.search is not None
+    for place, each in enumerate(front):
+        folder = _made(making.folder / f"front-{place}")
+        quantized = FROM_PLAN[job.contract.form](each.recovery.plan, _made(folder / "quantized"))
+        artifact = job.backend.lower(quantized, job.precision, _made(folder / "artifact"), job.options)
+        runners[str(place)] = job.backend.open(artifact, job.options)
+        if runners[str(place)].evidence is not Evidence.EXECUTED:
+            return front
+    if not front:
+        return front
+    times = harness.latencies(runners, next(iter(making.search.samples)).inputs)
+    return tuple(replace(each, latency_ms=times[str(place)].p50) for place, each in enumerate(front))
 
 
 FROM_PLAN: Mapping[Form, Callable[[QuantPlan, Path], QuantizedModel]] = MappingProxyType(
@@ -337,6 +450,10 @@ WITHOUT_RANGES: Mapping[Form, Callable[[FloatModel, QuantContract, Path, tuple[s
 """How a float model is written for a target whose ranges come from no samples."""
 
 
+FROM_WEIGHTS = MappingProxyType({Form.WEIGHTS: quantize_weights, Form.WEIGHT_QDQ: quantize_weight_qdq})
+"""How a float model is written with weights that samples have rounded."""
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -351,14 +468,20 @@ def _violations(quantized: QuantizedModel, artifact: Artifact) -> tuple[str, ...
         if layer.node in quantized.quantized_nodes and layer.precision in ("fp32", "fp16"):
             rule = matching_rule(contract, nodes[layer.node], frozenset())
             why = f"; the rule: {rule.reason}" if rule and rule.quantizes else ""
-            broken.append(f"{layer.node} ({layer.op_type}) was asked to be int8 and became {layer.precision}{why}")
+            asked = "int4" if contract.precision == "int4" else "int8"
+            broken.append(f"{layer.node} ({layer.op_type}) was asked to be {asked} and became {layer.precision}{why}")
     return tuple(broken)
 
 
 def measure(
-    model: FloatModel, built: list[Built], samples: Samples, metric: Metric | None, progress: Progress
+    model: FloatModel,
+    built: list[Built],
+    samples: Samples,
+    metric: Metric | None,
+    progress: Progress,
+    max_drop: float | None,
 ) -> list[Measured]:
-    """Every target against FP32, against its own QDQ graph, and for speed."""
+    """Every target against FP32, against its own QDQ graph, and for speed; what it loses beyond its budget."""
     subjects = [each.subject() for each in built]
     compared = _against_float(model, subjects, samples, metric, progress)
     complete = samples.complete(model)
@@ -368,8 +491,21 @@ def measure(
         stray = harness.stray(model.path, subject, complete)
         with progress.step(f"Timing {subject.folder}"):
             times = harness.latency(subject, first)
-        measured.append(Measured(each, subject.runner.evidence, compared[subject.folder], stray, times))
+        comparison = compared[subject.folder]
+        remaining = _remaining(each, comparison, max_drop, progress)
+        measured.append(Measured(each, subject.runner.evidence, comparison, stray, times, remaining))
     return measured
+
+
+def _remaining(built: Built, comparison: Comparison, max_drop: float | None, progress: Progress) -> Remaining | None:
+    """What a target loses beyond its budget, and the layers that lose most; None if it meets it or has none."""
+    if max_drop is None or comparison.drop is None or comparison.drop <= max_drop:
+        return None
+    layers: tuple[LayerSensitivity, ...] = ()
+    if built.found is not None:
+        with suppress(InputError), progress.step(f"Finding the layers behind it in {built.job.folder}"):
+            layers = most_sensitive(built.found.best)  # unless no samples are at hand, or nothing is quantized
+    return Remaining(comparison.drop - max_drop, layers)
 
 
 def _against_float(
@@ -381,35 +517,39 @@ def _against_float(
 
 
 def _given_statistics(recipe: Recipe, jobs: list[Job]) -> Statistics | None:
-    """The statistics file of the recipe; ranges must come from somewhere if a target needs them."""
+    """The statistics file of the recipe, if a target needs it."""
     needing = [job for job in jobs if job.calibrated]
-    if not needing:
-        return None
-    if recipe.statistics is not None:
-        return Statistics.load(recipe.statistics)
-    if recipe.calibration is None:
+    running = [job for job in jobs if job.sampled and not job.calibrated]
+    if running and recipe.calibration is None:
+        what = f"{running[0].backend.name}:{running[0].precision} with --recover gptq runs the calibration samples."
+        raise InputError(what, "Give --calibration DATA, or leave --recover out.")
+    return Statistics.load(recipe.statistics) if needing and recipe.statistics is not None else None
+
+
+def _require_calibration(recipe: Recipe, jobs: list[Job]) -> None:
+    """Ranges must come from somewhere if a target needs them: from samples, unless training settled them.
+
+    Of a torch module only its own code tells, so these are loaded first.
+    """
+    needing = [job for job in jobs if job.calibrated]
+    if needing and recipe.statistics is None and recipe.calibration is None:
         what = f"{needing[0].backend.name}:{needing[0].precision} needs calibration data."
         raise InputError(what, "Give --calibration DATA, or --statistics STATS of an earlier calibration.")
-    return None
+
+
+def _refuse_recovery(recipe: Recipe, learned: Learned) -> None:
+    if recipe.recover not in (None, ("none",)):
+        what = f"The model was trained for {learned.target}, and --recover would change what training settled."
+        raise InputError(what, "Leave --recover out, or export the module as it was before training.")
 
 
 def _open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
     """The recipe's data, not yet checked: the model's shapes are known after export only."""
     require_inputs(recipe.states, loaded.input_names)
     states = States(recipe.states, _known_inputs(loaded))
-    names = tuple(name for name in loaded.input_names if name not in recipe.states)
 
     def source(data: Any, limit: int | None) -> SampleSource:
-        opened = open_samples(
-            data,
-            input_names=names,
-            ranks=loaded.ranks,
-            preprocessing=recipe.preprocessing,
-            limit=None if recipe.states else limit,
-            states=tuple(recipe.states),
-        )
-        # Of a sequence the first samples are taken, with none between.
-        return remembering(open_samples(opened, input_names=names, limit=limit))
+        return remembering(_opening(recipe, loaded, data, limit).open())
 
     calibration = source(recipe.calibration, recipe.samples) if recipe.calibration is not None else None
     if recipe.evaluation is not None:
@@ -424,6 +564,12 @@ def _open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
     return Samples(None, examples, "Measured on the example inputs alone, for want of evaluation data.", states)
 
 
+def _opening(recipe: Recipe, loaded: LoadedModel, data: Any, limit: int | None) -> Opening:
+    """What it takes to open the recipe's calibration or evaluation data."""
+    names = tuple(name for name in loaded.input_names if name not in recipe.states)
+    return Opening(data, names, dict(loaded.ranks), recipe.preprocessing, limit, tuple(recipe.states))
+
+
 def _known_inputs(loaded: LoadedModel) -> tuple[TensorSpec, ...]:
     """What is known of the inputs before the export: what the user said of them, or else the examples."""
     examples = (TensorSpec(name, array.dtype.name, array.shape) for name, array in loaded.examples.items())
@@ -431,7 +577,7 @@ def _known_inputs(loaded: LoadedModel) -> tuple[TensorSpec, ...]:
 
 
 def _searching(recipe: Recipe, samples: Samples, metric: Metric | None) -> tuple[Samples, Search | None]:
-    """The samples to judge by and, with a budget and no steps asked for, every other one of them for the ladder.
+    """The samples to judge by and, with a budget and no steps asked for, half of them for the ladder.
 
     Raises:
         InputError: The samples cannot be parted, since each carries the states of the one before.
@@ -439,17 +585,17 @@ def _searching(recipe: Recipe, samples: Samples, metric: Metric | None) -> tuple
     if recipe.max_drop is None or recipe.recover is not None or metric is None or samples.calibration is None:
         return samples, None
     if samples.states.outputs:
-        what = "The ladder judges by every other sample, and a model with states needs all of them in order."
+        what = "The ladder judges by half of the samples, and a model with states needs all of them in order."
         raise InputError(what, "Name the steps: --recover STEP,… or --recover none.")
-    searched, judged = (every_other(samples.evaluation, first) for first in (0, 1))
-    remark = "Steps were searched on every other evaluation sample; the figures are of the rest."
+    searched, judged = (half(samples.evaluation, which) for which in (0, 1))
+    remark = "Steps were searched on half of the evaluation samples; the figures are of the other half."
     remark = " ".join(filter(None, (samples.remark, remark)))
     return replace(samples, evaluation=judged, remark=remark), Search(searched, metric, recipe.max_drop)
 
 
 def _checked(samples: Samples, model: FloatModel, jobs: list[Job]) -> Samples:
     states = states_of(samples.states.outputs, model)
-    needed = any(job.calibrated for job in jobs)
+    needed = any(job.sampled for job in jobs)
     calibration = _calibration(samples.calibration, states, model) if samples.calibration and needed else None
     return Samples(calibration, checked(samples.evaluation, states.plain, states.fed), samples.remark, states)
 
@@ -458,6 +604,25 @@ def _calibration(samples: SampleSource, states: States, model: FloatModel) -> Sa
     """The samples checked, and with every state, since calibration runs them side by side and in any order."""
     given = checked(samples, states.plain, states.fed)
     return completed(given, states, partial(harness.as_written, model.path))
+
+
+def _calibration_opener(
+    recipe: Recipe, loaded: LoadedModel, states: States, limit: int | None
+) -> Callable[[FloatModel], SampleSource]:
+    """Opens the recipe's calibration samples in another process, for the model where it lies there."""
+    return partial(_opened_calibration, _opening(recipe, loaded, recipe.calibration, limit), states)
+
+
+def _opened_calibration(opening: Opening, states: States, model: FloatModel) -> SampleSource:
+    """As `_calibration`, of samples that a worker opens for itself."""
+    return _calibration(opening.open(), states, model)
+
+
+def _require_text(data: Any, workers: Workers | None) -> None:
+    """Refuse to share data among workers that only this process has."""
+    if workers is not None and not isinstance(data, str | PathLike):
+        what = f"A {type(data).__name__} given from Python cannot be shared: each worker opens data for itself."
+        raise InputError(what, "Name a folder, a file, or file.py:callable; or do without workers.")
 
 
 def _metric_for(metric: Metric | None, max_drop: float | None, samples: SampleSource) -> Metric | None:
@@ -481,16 +646,27 @@ class Subject:
         making: The target and the float model, with all calibration samples and no statistics yet.
         samples: Those of the calibration samples that are run: at most 64, evenly spread.
         metric: Of labelled samples; None without labels.
+        open_all: Opens all calibration samples for a worker.
+        open_some: Opens those that are run.
+        make_metric: Makes the metric for a worker.
     """
 
     making: Making
     samples: SampleSource
     metric: Metric | None
+    open_all: Callable[[FloatModel], SampleSource]
+    open_some: Callable[[FloatModel], SampleSource]
+    make_metric: Callable[[], Metric | None]
 
 
 @contextmanager
-def to_analyze(recipe: Recipe, progress: Progress = SILENT) -> Iterator[Subject]:
+def to_analyze(recipe: Recipe, progress: Progress = SILENT, workers: Workers | None = None) -> Iterator[Subject]:
     """The recipe's first target, and its model exported, with its calibration samples.
+
+    Args:
+        recipe: Its first target is analyzed.
+        progress: Told of each step.
+        workers: Who will share the work; None for this process alone.
 
     Raises:
         InputError: The recipe, or something that it names, is wrong.
@@ -498,14 +674,18 @@ def to_analyze(recipe: Recipe, progress: Progress = SILENT) -> Iterator[Subject]
     """
     if recipe.calibration is None:
         raise InputError("There is no calibration data.", "Give --calibration DATA: analysis runs samples.")
-    recipe = replace(recipe, targets=recipe.targets[:1], evaluation=None)
+    _require_text(recipe.calibration, workers)
+    if recipe.metric is not None:
+        _require_text(recipe.metric, workers)
+    recipe, _ = with_chosen_targets(replace(recipe, targets=recipe.targets[:1], evaluation=None))
     (job,) = look_up(recipe)
     if isinstance(job, Unavailable):
         raise UnavailableError(f"The target {job.request.name} cannot be analyzed here: {job.reason}")
     reader, metric = calibration_reader(recipe.reader), find_metric(recipe.metric)
     loaded = load(recipe.source)
     sources = _open_data(recipe, loaded)
-    few = _open_data(replace(recipe, samples=min(recipe.samples or MOST_ANALYZED, MOST_ANALYZED)), loaded)
+    fewer = min(recipe.samples or MOST_ANALYZED, MOST_ANALYZED)
+    few = _open_data(replace(recipe, samples=fewer), loaded)
     metric = _metric_for(metric, None, few.evaluation)
     with scratch_folder() as scratch:
         with progress.step("Exporting"):
@@ -514,7 +694,10 @@ def to_analyze(recipe: Recipe, progress: Progress = SILENT) -> Iterator[Subject]
         states = states_of(recipe.states, model)
         everything, part = (_calibration(each.evaluation, states, model) for each in (sources, few))
         work = _made(scratch / job.folder)
-        yield Subject(Making(job, model, None, reader, work, everything, recipe.keep), part, metric)
+        open_all, open_some = (_calibration_opener(recipe, loaded, states, each) for each in (recipe.samples, fewer))
+        make_metric = partial(find_metric, recipe.metric or (metric.name if metric else None))
+        making = Making(job, model, None, reader, work, everything, recipe.keep)
+        yield Subject(making, part, metric, open_all, open_some, make_metric)
 
 
 def open_bundled(path: Path, target: str | None = None) -> tuple[FloatModel, list[tuple[Job, Artifact]]]:
@@ -575,6 +758,20 @@ def compare_bundle(recipe: Recipe, path: Path, target: str | None = None, progre
     ]
     lookups: list[Job | Unavailable] = [job for job, _ in opened]
     return make_report(Outcome(recipe, loaded, model, None, samples, metric, lookups, measured))
+
+
+def open_evaluation(recipe: Recipe, path: Path, target: str | None = None) -> Evaluation:
+    """The recipe's evaluation samples, to be replayed on a server, and the target that says what to expect of it.
+
+    Raises:
+        InputError: The bundle is damaged or has no such target, or the recipe or its data are wrong.
+        UnavailableError: This machine cannot run the target.
+    """
+    model, [(job, artifact), *_] = open_bundled(path, target)
+    metric = find_metric(recipe.metric)
+    samples = _checked(_open_data(recipe, load(recipe.source)), model, [])
+    metric = _metric_for(metric, None, samples.evaluation)
+    return Evaluation(samples.complete(model), job.backend.open(artifact, job.options), metric)
 
 
 def bench(path: Path, sample: Arrays | None = None, progress: Progress = SILENT) -> dict[str, Latency]:

@@ -1,6 +1,7 @@
 """Fixtures that tests of several rooms share."""
 
 import os
+import shutil
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from qdeploy.statistics import TensorStatistics
+from tests.browser import Browser
 
 pytest.register_assert_rewrite("tests.contracts")
 
@@ -17,12 +19,35 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+APART = ("exhaustive", "load")
+"""Markers of tests that take minutes: they run where `-m` names them, as CI does in a second step."""
+
+
+def pytest_collection_modifyitems(config, items):
+    apart = [mark for mark in APART if mark not in config.option.markexpr]
+    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in apart)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of images, sentences and weights that QDEPLOY_DATA names; without one the test is skipped."""
     if "QDEPLOY_DATA" not in os.environ:
         pytest.skip("needs QDEPLOY_DATA, the folder of images, sentences and weights")
     return Path(os.environ["QDEPLOY_DATA"])
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium; without one the test is skipped."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    found = Browser(program, tmp_path_factory.mktemp("chromium"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,7 @@ class Probe:
         self.watch(total, name)
         self.watch(self.add("Size", [error], f"{name}/size"), f"{name}:size")
 
-    def run(self, folder: Path, samples: Iterable[SampleLike]) -> Iterator[tuple[SampleLike, Found]]:
+    def run(self, folder: Path, samples: Iterable[SampleLike], threads: int = 0) -> Iterator[tuple[SampleLike, Found]]:
         """Write the graph and run it: each sample with what was watched, in the samples' order.
 
         Samples run side by side, each on one thread; only a few are in flight at a time.
@@ -149,6 +149,7 @@ class Probe:
         Args:
             folder: Where to write the graph; what an earlier probe wrote there is replaced.
             samples: Read once.
+            threads: Most samples side by side; 0 for one a core.
 
         Raises:
             InputError: There are no samples, or the model fails on one.
@@ -166,7 +167,7 @@ class Probe:
                 raise InputError(f"The model fails on {origin}: {str(error).strip()}") from error
             return dict(zip(names, outputs, strict=True))
 
-        workers = min(os.cpu_count() or 1, MOST_WORKERS)
+        workers = min(threads or os.cpu_count() or 1, MOST_WORKERS)
         pending: deque[tuple[SampleLike, Future[Found]]] = deque()
         with ThreadPoolExecutor(workers) as pool:
             for sample in samples:

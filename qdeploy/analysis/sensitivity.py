@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,12 @@ from numpy.typing import NDArray
 from qdeploy.analysis.operands import Layer, Storage, layers_of, stored_as_planned, stored_in_half
 from qdeploy.analysis.probe import Branch, Found, Probe
 from qdeploy.graph import load_graph
+from qdeploy.model import FloatModel
 from qdeploy.parity.compare import SampleLike
 from qdeploy.parity.metrics import Difference, Metric, Scorer, difference
 from qdeploy.plan import QuantPlan
+from qdeploy.samples.source import SampleSource
+from qdeploy.workers import Luggage, Workers
 
 PROBE_BYTES = 1 << 29
 """Of weights that the branches of one probe read together: ONNX Runtime may pack a copy for each branch."""
@@ -106,25 +111,126 @@ def sensitivity(
     Raises:
         InputError: The plan quantizes nothing, there are no samples, or the model fails on one.
     """
+    return _together(plans, [_probed(plans, each, samples, folder, metric, on_part) for each in _probes(plans)])
+
+
+def sensitivity_shared(
+    model: FloatModel,
+    plans: Mapping[str, QuantPlan],
+    source: Callable[[FloatModel], SampleSource],
+    workers: Workers,
+    *,
+    metric: Callable[[], Metric | None],
+    on_part: Callable[[], None] = lambda: None,
+) -> Sensitivity:
+    """As `sensitivity`, to the same bits, with the probes shared among workers.
+
+    Args:
+        model: The prepared model that the samples are for.
+        plans: As for `sensitivity`.
+        source: Opens the samples; called by every worker, with the model where it lies for that worker.
+        workers: Each takes every one of the probes in turn.
+        metric: Makes the metric; called by every worker.
+        on_part: Called after each sample of each probe.
+
+    Raises:
+        InputError: As `sensitivity`.
+        UnavailableError: Workers died again and again.
+    """
+    moved = {name: Luggage.of(plan.model, workers) for name, plan in plans.items()}
+    task = _Probing(plans, moved, Luggage.of(model, workers), source, metric, workers.count, workers.threads)
+    shares = workers.run(task, on_part)
+    taken = [shares[place % workers.count][place // workers.count] for place in range(len(_probes(plans)))]
+    return _together(plans, taken)
+
+
+_ProbeOf = tuple[str, int]
+"""Name of a plan, and which of its `parts`."""
+
+
+def _probes(plans: Mapping[str, QuantPlan]) -> list[_ProbeOf]:
+    return [(name, index) for name, plan in plans.items() for index in range(len(parts(plan)))]
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What one probe found.
+
+    Attributes:
+        rows: Its layers, each with its effect in the probe's type.
+        samples: How many were run.
+        metric: Name of the metric, where samples had labels.
+        reference_metric: What the float model reaches.
+    """
+
+    rows: tuple[LayerSensitivity, ...]
+    samples: int
+    metric: str | None
+    reference_metric: float | None
+
+
+@dataclass(frozen=True)
+class _Probing:
+    """The task of a worker: every so many of the probes."""
+
+    plans: Mapping[str, QuantPlan]
+    moved: Mapping[str, Luggage]
+    luggage: Luggage
+    source: Callable[[FloatModel], SampleSource]
+    metric: Callable[[], Metric | None]
+    shares: int
+    threads: int
+
+    def __call__(self, share: int, on_part: Callable[[], None]) -> list[_Probed]:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="qdeploy-")))
+            models = {name: stack.enter_context(each.unpacked()) for name, each in self.moved.items()}
+            plans = {name: replace(plan, model=models[name]) for name, plan in self.plans.items()}
+            samples = self.source(stack.enter_context(self.luggage.unpacked()))
+            return [
+                _probed(plans, each, samples, folder, self.metric(), on_part, self.threads)
+                for each in _probes(plans)[share :: self.shares]
+            ]
+
+
+def _probed(
+    plans: Mapping[str, QuantPlan],
+    which: _ProbeOf,
+    samples: Iterable[SampleLike],
+    folder: Path,
+    metric: Metric | None,
+    on_part: Callable[[], None],
+    threads: int = 0,
+) -> _Probed:
+    """Run one probe over all samples."""
+    name, index = which
+    plan = plans[name]
+    graph = load_graph(plan.model.path)
+    storage = stored_in_half(graph, plan) if name == FLOAT16 else stored_as_planned(graph, plan)
+    part = parts(plan)[index]
+    reference, count = _Outputs(metric), 0
+    compared = {layer: _Outputs(metric) for layer in part}
+    probe = _probe(plan, part, storage)
+    for sample, found in probe.run(folder, samples, threads):
+        _compare(probe.output_names, found, sample, reference, compared)
+        count += 1
+        on_part()
+    rows = tuple(
+        LayerSensitivity(layer.name, layer.op_type, layer.weight, {name: outputs.effect()})
+        for layer, outputs in compared.items()
+    )
+    return _Probed(rows, count, metric.name if metric and reference.scored else None, reference.figure)
+
+
+def _together(plans: Mapping[str, QuantPlan], probed: Sequence[_Probed]) -> Sensitivity:
+    """What all probes found, in their order."""
     rows: dict[str, LayerSensitivity] = {}
-    reference = _Outputs(metric)
-    count = 0
-    for name, plan in plans.items():
-        graph = load_graph(plan.model.path)
-        storage = stored_in_half(graph, plan) if name == FLOAT16 else stored_as_planned(graph, plan)
-        for part in parts(plan):
-            compared = {layer: _Outputs(metric) for layer in part}
-            reference, count = _Outputs(metric), 0
-            probe = _probe(plan, part, storage)
-            for sample, found in probe.run(folder, samples):
-                _compare(probe.output_names, found, sample, reference, compared)
-                count += 1
-                on_part()
-            for layer, outputs in compared.items():
-                row = rows.get(layer.name) or LayerSensitivity(layer.name, layer.op_type, layer.weight, {})
-                rows[layer.name] = replace(row, effects={**row.effects, name: outputs.effect()})
+    for row in (row for each in probed for row in each.rows):
+        known = rows.get(row.node)
+        rows[row.node] = replace(row, effects={**known.effects, **row.effects}) if known else row
     ranked = _ranked(rows.values(), min(plans, key=_distance_from_8))
-    return Sensitivity(count, metric.name if metric and reference.scored else None, reference.figure, ranked)
+    last = probed[-1]
+    return Sensitivity(last.samples, last.metric, last.reference_metric, ranked)
 
 
 def _ranked(rows: Iterable[LayerSensitivity], name: str) -> tuple[LayerSensitivity, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from qdeploy.backend import Arrays, Runner
 from qdeploy.errors import InputError, InternalError
 from qdeploy.parity.bootstrap import Interval, paired_drops, paired_interval
 from qdeploy.parity.metrics import Difference, Metric, Scorer, Scores, difference
+from qdeploy.samples.warnings import sample_digest
 
 MASK = np.float64(1e30)
 """A value beyond it stands for an infinite one, as the −3e38 or the lowest float32 of a mask do."""
@@ -32,6 +34,10 @@ class SampleLike(Protocol):
     def labels(self) -> NDArray[Any] | None:
         """One entry for each item of the batch."""
 
+    @property
+    def raw(self) -> Arrays:
+        """What preprocessing made the inputs from, by input name; empty without any."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -44,6 +50,7 @@ class Comparison:
         metric: That of the runner; None also if some of its outputs could not be compared.
         drop: Reference − runner, absolute.
         drop_interval: Paired bootstrap interval of `drop`, 95 %.
+        samples_digest: sha256 of the samples as they were before preprocessing, in order, with their labels.
     """
 
     samples: int
@@ -52,6 +59,7 @@ class Comparison:
     metric: float | None = None
     drop: float | None = None
     drop_interval: Interval | None = None
+    samples_digest: str = ""
 
     @property
     def first(self) -> Difference:
@@ -131,6 +139,7 @@ def compare(
     scorers: dict[str, Scorer] = {}
     broken: set[str] = set()
     items = 0
+    digest = hashlib.sha256()
     labelled = None
     for position, sample in enumerate(samples):
         labels = sample.labels
@@ -138,6 +147,7 @@ def compare(
             what = f"Sample {position} has {'no labels' if labels is None else 'labels'}, unlike those before it."
             raise InputError(what, "Give labels for every sample, or for none.")
         labelled = labels is not None
+        digest.update(_fingerprint(sample))
         outputs = {name: runner.run(sample.inputs) for name, runner in runners.items()}
         seen = {pair: _differences(pair, outputs) for pair in pairs}
         sums = {pair: _merged(sums[pair], seen[pair]) for pair in pairs}
@@ -151,7 +161,14 @@ def compare(
     if labelled is None:
         raise InputError("There are no samples to compare on.", "Check the evaluation data.")
     rows = {name: scorer.rows() for name, scorer in scorers.items() if name not in broken}
-    return {pair: _comparison(items, sums[pair], metric, rows.get(pair[0]), rows.get(pair[1])) for pair in pairs}
+    compared = {pair: _comparison(items, sums[pair], metric, rows.get(pair[0]), rows.get(pair[1])) for pair in pairs}
+    return {pair: replace(each, samples_digest=digest.hexdigest()) for pair, each in compared.items()}
+
+
+def _fingerprint(sample: SampleLike) -> bytes:
+    """What tells a sample from others, whatever is made of it: the file, text or window before preprocessing."""
+    labels = () if sample.labels is None else sample.labels.tolist()
+    return f"{sample_digest(sample.raw or sample.inputs)} {labels}".encode()
 
 
 def _items(sample: SampleLike) -> int:

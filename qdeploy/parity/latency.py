@@ -102,6 +102,12 @@ def _order(names: list[str], index: int) -> list[str]:
     return order if index % 2 == 0 else order[::-1]
 
 
+def median_interval(latency: Latency) -> Interval:
+    """The 95 % bootstrap interval of the median, in milliseconds."""
+    times = np.array(latency.times_ms)
+    return percentile_interval(lambda indices: np.median(times[indices], axis=1), latency.runs)
+
+
 def speedup(baseline: Latency, other: Latency) -> tuple[float, Interval]:
     """How many times faster `other` is, by the ratio of medians, with its 95 % bootstrap interval.
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from qdeploy import graph as questions
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.bias_correction import has_place_for_bias, present_bias
-from qdeploy.recover.layer_data import Tap, constant_weight, simulate, weighted_nodes
+from qdeploy.recover.flow import Flow
+from qdeploy.recover.layer_data import Found, Tap, constant_weight, simulate, weighted_nodes
 from qdeploy.recover.recovery import Recovery
-from qdeploy.samples.source import Sample
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,7 +36,7 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
 
     It comes after the weights are final. Layers that AdaRound has rounded keep the biases that it gave them: those
     restore what the activation lets through, and not the mean before it. It costs a pass over the samples in float and
-    one for each node through the quantized network up to that node, half of it on average; nothing at run time.
+    one through the quantized network; nothing at run time.
 
     Raises:
         InputError: The samples are not at hand.
@@ -46,14 +46,16 @@ def bias_correction_empirical(recovery: Recovery) -> Recovery:
     graph = questions.load_graph(plan.model.path)
     nodes = [node for node in weighted_nodes(plan, graph) if _is_open(plan, node)]
     with TemporaryDirectory(dir=folder) as name:
-        path = Path(name) / "model.onnx"
+        path = Path(name) / "float.onnx"
         axes = {questions.name_of(_with_bias(node).outputs[0]): questions.output_channel_axis(node) for node in nodes}
-        wanted = _channel_means(Tap(questions.load_graph(plan.model.path), axes, path, "all"), axes, samples)
+        exact = Tap(questions.load_graph(plan.model.path), axes, path, "all")
+        wanted = _channel_means(map(exact, samples), axes)
+        flow = Flow(samples, Path(name))
         for node, (tensor, axis) in zip(nodes, axes.items(), strict=True):
             simulation = simulate(plan)
             (output,) = (each.outputs[0] for each in simulation.graph if each.name == _with_bias(node).name)
-            exact = {questions.name_of(output): axis}  # before it is rounded itself
-            (found,) = _channel_means(Tap(simulation, exact, path), exact, samples).values()
+            result = questions.name_of(output)  # before it is rounded itself
+            (found,) = _channel_means(flow.run(simulation, str(node.name), result), {result: axis}).values()
             bias = present_bias(plan, node, found.size) + wanted[tensor] - found
             plan = replace(plan, biases={**plan.biases, str(node.name): bias.astype(np.float32)})
     return replace(recovery, plan=replace(plan, steps=(*plan.steps, NAME)))
@@ -70,20 +72,16 @@ def _with_bias(node: ir.Node) -> ir.Node:
     return reader
 
 
-def _channel_means(
-    tap: Tap, axes: Mapping[str, int | None], samples: Iterable[Sample]
-) -> dict[str, NDArray[np.float64]]:
+def _channel_means(samples: Iterable[Found], axes: Mapping[str, int | None]) -> dict[str, NDArray[np.float64]]:
     """The mean of each channel over all samples, by tensor name; sums are float64, and each value counts the same.
 
     Args:
-        tap: Gives the tensors.
+        samples: The tensors of each.
         axes: The channel axis of each tensor.
-        samples: Run one after another.
     """
     sums: dict[str, NDArray[np.float64]] = {}
     counts = dict.fromkeys(axes, 0)
-    for sample in samples:
-        found = tap(sample)
+    for found in samples:
         for name, axis in axes.items():
             assert axis is not None
             channels = np.moveaxis(found[name], axis, 0).reshape(found[name].shape[axis], -1)

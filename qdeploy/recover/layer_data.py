@@ -1,13 +1,12 @@
 """What the steps share that look at one layer after another: the network so far, and what flows through it.
 
-A layer deep in the network sees what the rounding before it has left of its input, so the samples are run once for each
-layer. Looking at several layers in one pass is no way out: each takes back what the layers before have lost, and all of
-them together would take it back several times.
+A layer deep in the network sees what the rounding before it has left of its input. Looking at several layers at once is
+no way out: each takes back what the layers before have lost, and all of them together would take it back several times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,6 @@ def simulate(plan: QuantPlan) -> ir.Model:
     values = {value.name: value for value in (*graph.graph.inputs, *(v for n in graph.graph for v in n.outputs))}
     for name, affine in plan.activations.items():
         _put_on_grid(graph, values[name], affine)
-    graph.graph.sort()
     return graph
 
 
@@ -86,6 +84,7 @@ def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
     quantize = ir.node("QuantizeLinear", [value, *grid], name=f"{name}/quantize")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *grid], name=f"{name}/dequantize")
     quantize.outputs[0].name = f"{name}/integers"
+    quantize.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(affine.zero_point.dtype))
     result = dequantize.outputs[0]
     result.type, result.shape = value.type, value.shape
     value.replace_all_uses_with(result, replace_graph_outputs=True)
@@ -94,7 +93,15 @@ def _put_on_grid(graph: ir.Model, value: ir.Value, affine: Affine) -> None:
         result.name = f"{name}/quantized"
     else:
         value.name, result.name = f"{name}/exact", name
-    graph.graph.extend([quantize, dequantize])
+    producer = value.producer()
+    if producer is not None:
+        graph.graph.insert_after(producer, [quantize, dequantize])
+    else:
+        graph.graph.insert_before(graph.graph[0], [quantize, dequantize])
+
+
+Found = Mapping[str, NDArray[Any]]
+"""Tensors of one sample, by name."""
 
 
 class Tap:
@@ -118,7 +125,7 @@ class Tap:
         # ONNX Runtime takes no graph without nodes: what is wanted then are the inputs alone.
         self._session = open_session(path, graph_level=graph_level) if self._names else None
 
-    def __call__(self, sample: Sample) -> dict[str, NDArray[Any]]:
+    def __call__(self, sample: Sample) -> Found:
         """The tensors by name, and the sample's own.
 
         Raises:

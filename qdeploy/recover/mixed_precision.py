@@ -13,7 +13,7 @@ from itertools import islice
 from math import prod
 
 from qdeploy import graph as questions
-from qdeploy.analysis.sensitivity import sensitivity
+from qdeploy.analysis.sensitivity import LayerSensitivity, sensitivity
 from qdeploy.errors import InputError
 from qdeploy.plan import QuantPlan
 from qdeploy.recover.keep_edges import keep_float
@@ -21,8 +21,14 @@ from qdeploy.recover.recovery import Recovery
 
 NAME = "mixed-precision"
 
+TYPE = "int8"
+"""What sensitivity is told of; the plan alone says what operands are stored in."""
+
 SHARE = 0.75
 """Of the noise that is given back: 6 dB."""
+
+MOST_WORK = 0.5
+"""Share of the multiplications that `choices` gives back at most: with more in float, a model is no integer model."""
 
 SAMPLES = 32
 """Enough to rank layers, which differ by orders of magnitude."""
@@ -49,20 +55,57 @@ def mixed_precision(recovery: Recovery) -> Recovery:
     Raises:
         InputError: The recovery has no samples, or the plan has no layer to give back.
     """
-    means = recovery.require_means(NAME)
-    samples = list(islice(recovery.require_samples(NAME), SAMPLES))
-    found = sensitivity({"int8": recovery.plan}, samples, means.folder)
+    return give_back(recovery, next(point for point in network_front(recovery) if point.noise <= 1 - SHARE))
+
+
+def give_back(recovery: Recovery, point: Point) -> Recovery:
+    """The recovery with the layers of one point in float."""
+    return keep_float(recovery, point.nodes).with_step(NAME)
+
+
+def choices(recovery: Recovery) -> tuple[Point, ...]:
+    """A few points of a plan's front, from none in float to half of the multiplications, each with half the noise.
+
+    Raises:
+        InputError: The recovery has no samples, or the plan has no layer to give back.
+    """
+    found: list[Point] = []
+    for point in network_front(recovery):
+        if not found or (point.noise <= found[-1].noise / 2 and point.work <= MOST_WORK):
+            found.append(point)
+    if len(found) == 1:
+        what = f"The recovery step {NAME!r} could win 3 dB only with most of the multiplications in float."
+        raise InputError(what, "Leave it out.")
+    return tuple(found)
+
+
+def network_front(recovery: Recovery) -> tuple[Point, ...]:
+    """The front of a plan's layers, by the noise that each alone puts on the output.
+
+    Raises:
+        InputError: The recovery has no samples, or the plan has no layer to give back.
+    """
     work = multiplications(recovery.plan)
     noise = {
-        row.node: 10 ** (-row.effects["int8"].sqnr_db / 10)
-        for row in found.layers
-        if row.node in work and "int8" in row.effects
+        row.node: 10 ** (-row.effects[TYPE].sqnr_db / 10)
+        for row in most_sensitive(recovery)
+        if row.node in work and TYPE in row.effects
     }
     if not noise:
         what = f"The recovery step {NAME!r} finds no quantized layer with weights that it could give back."
         raise InputError(what, "Leave it out.")
-    chosen = next(point for point in front(noise, work) if point.noise <= 1 - SHARE)
-    return keep_float(recovery, chosen.nodes).with_step(NAME)
+    return front(noise, work)
+
+
+def most_sensitive(recovery: Recovery) -> tuple[LayerSensitivity, ...]:
+    """A plan's layers, those first that lose most of the output when they alone are quantized.
+
+    Raises:
+        InputError: The recovery has no samples, or the plan quantizes nothing.
+    """
+    apart = max(1, recovery.statistics.samples // SAMPLES)  # of samples sorted by class, the first are of one
+    samples = list(islice(recovery.require_samples(NAME), 0, SAMPLES * apart, apart))
+    return sensitivity({TYPE: recovery.plan}, samples, recovery.require_means(NAME).folder).layers
 
 
 def front(noise: Mapping[str, float], work: Mapping[str, float]) -> tuple[Point, ...]:

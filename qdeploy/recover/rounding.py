@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +57,28 @@ class Rows:
     bias: NDArray[np.float32]
     bounds: tuple[float, float]
     takes_shift: bool
+
+    def with_at_least(self, number: int, weight: NDArray[np.float32]) -> Rows:
+        """These rows, and drawn ones up to a number: each input is normal, with its mean and its spread of these rows.
+
+        With fewer rows than inputs, some changes of the weights show in no row, and would be free. In drawn rows, whose
+        inputs know nothing of one another, each change counts: the inputs' covariance is shrunk towards its diagonal
+        (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices").
+
+        Args:
+            number: Of rows.
+            weight: Before rounding, [groups, inputs, outputs]; gives the drawn rows their outputs.
+        """
+        groups, present, inputs = self.x.shape
+        if present >= number:
+            return self
+        random = np.random.default_rng(0)
+        mean, spread = self.x.mean(axis=1, keepdims=True), self.x.std(axis=1, keepdims=True)
+        x = mean + spread * random.standard_normal((groups, number - present, inputs), np.float32)
+        y = np.clip(np.matmul(x, weight) + self.bias, *self.bounds)
+        order = random.permutation(number)
+        x, y = (np.concatenate(parts, axis=1)[:, order] for parts in ((self.x, x), (self.y, y)))
+        return replace(self, x=x, y=y)
 
 
 def neighbours(weight: NDArray[np.float32], affine: Affine) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -13,11 +13,13 @@ from qdeploy.recover.bias_correction import bias_correction
 from qdeploy.recover.bias_correction_empirical import bias_correction_empirical
 from qdeploy.recover.clipping import clipping
 from qdeploy.recover.equalization import equalization
+from qdeploy.recover.gptq import gptq
 from qdeploy.recover.keep_edges import keep_edges
 from qdeploy.recover.mixed_precision import mixed_precision
 from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.smoothquant import smoothquant
 from qdeploy.registry import suggestion
+from qdeploy.scheme import Form
 from qdeploy.statistics import Statistics
 
 RecoveryStep = Callable[[Recovery], Recovery]
@@ -36,6 +38,7 @@ STEPS: Mapping[str, RecoveryStep] = MappingProxyType(
         "smoothquant": smoothquant,
         "clipping": _of_plan(clipping),
         "adaround": adaround,
+        "gptq": gptq,
         "keep-edges": keep_edges,
         "mixed-precision": mixed_precision,
     }
@@ -71,6 +74,13 @@ def steps_for(names: Sequence[str] | None, precision: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def steps_of(form: Form, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the steps that a form takes: all with ranges, gptq for weights alone, none for the others."""
+    if form in (Form.QDQ, Form.QDQ_FLOAT16):
+        return tuple(names)
+    return tuple(name for name in names if name == "gptq" and form in (Form.WEIGHTS, Form.WEIGHT_QDQ))
+
+
 def recover(plan: QuantPlan, statistics: Statistics, names: Sequence[str], means: Means | None = None) -> QuantPlan:
     """The plan after each of the named steps.
 
@@ -83,7 +93,11 @@ def recover(plan: QuantPlan, statistics: Statistics, names: Sequence[str], means
     Raises:
         InputError: A step needs what is not there.
     """
-    recovery = Recovery(plan, statistics, means)
+    return taken(Recovery(plan, statistics, means), names).plan
+
+
+def taken(recovery: Recovery, names: Sequence[str]) -> Recovery:
+    """The recovery after each of the named steps; as `recover`, with the statistics of the model that it ends with."""
     for name in names:
         recovery = STEPS[name](recovery)
-    return recovery.plan
+    return recovery

@@ -13,6 +13,7 @@ from qdeploy.affine import (
     Range,
     affine_from_limits,
     affine_from_tensor,
+    affine_in_blocks,
     dequantize,
     fake_quantize,
     quantize,
@@ -205,3 +206,26 @@ def test_theoretical_sqnr_is_what_a_uniform_signal_measures(bits):
     measured = sqnr_db(x, fake_quantize(x, affine))
 
     assert theoretical_sqnr_db(bits, np.sqrt(3.0)) == pytest.approx(measured, abs=0.6 if bits == 4 else 0.2)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("block", [1, 3, 4, 7, 100])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_block_is_quantized_as_if_it_were_alone(axis, block, symmetric):
+    tensor = np.random.default_rng(0).normal(0.3, 1.0, (7, 5, 11)).astype(np.float32)
+    integer = IntegerType(4, signed=symmetric, narrow=symmetric)
+
+    affine = affine_in_blocks(tensor, integer, symmetric=symmetric, axis=axis, block=block)
+
+    stored, real = quantize(tensor, affine), fake_quantize(tensor, affine)
+    length = tensor.shape[axis]
+    for place, start in enumerate(range(0, length, block)):
+        part = range(start, min(start + block, length))
+        values, scales = np.take(tensor, part, axis), np.take(affine.scale, place, axis)
+        lines = np.moveaxis(values, axis, -1).reshape(-1, len(part))
+        alone = affine_from_tensor(lines, integer, symmetric=symmetric, axis=0)
+        np.testing.assert_array_equal(scales.ravel(), alone.scale)
+        own = np.moveaxis(np.take(stored, part, axis), axis, -1).reshape(-1, len(part))
+        np.testing.assert_array_equal(own, quantize(lines, alone))
+        own = np.moveaxis(np.take(real, part, axis), axis, -1).reshape(-1, len(part))
+        np.testing.assert_array_equal(own, fake_quantize(lines, alone))

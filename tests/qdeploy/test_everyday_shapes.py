@@ -104,8 +104,8 @@ def test_a_detector_takes_an_image_and_a_size_and_gives_boxes_and_scores(tmp_pat
     assert list(rows[0]["outputs"]) == ["boxes", "scores"]
     assert rows[0]["quantized_ops"]["int8"] > 4
     page = (deployment.path / "report.html").read_text()
-    assert "<th>Output</th>" in page
-    assert "<td>scores</td>" in page
+    assert '<th scope="col">Output</th>' in page
+    assert '<th scope="row">scores</th>' in page
 
 
 class Encoder(nn.Module):

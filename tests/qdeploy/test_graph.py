@@ -297,6 +297,56 @@ def test_conditions_on_weights_and_outputs(graph_of, node):
     assert holding(Condition.GRAPH_OUTPUT) == {"d"}
 
 
+def test_conditions_on_the_size_of_constants(graph_of, node):
+    nodes = [
+        node("MatMul", "x w", "a"),
+        node("Gemm", "a v", "b", transB=1),
+        node("Gather", "t i", "c"),
+        node("Gather", "t i", "d", axis=1),
+        node("Gather", "x i", "e"),
+    ]
+    weights = {"w": floats(64, 48), "v": floats(5, 48), "t": floats(7, 64), "i": np.array([0])}
+    outputs = {"b": [2, 5], "c": [1, 64], "d": [7, 1], "e": [1, 64]}
+    model = graph_of(nodes, {"x": [2, 64]}, outputs, weights)
+    found = nodes_of(model)
+
+    def holding(condition):
+        return {name for name, node in found.items() if questions.holds(condition, node, frozenset())}
+
+    assert holding(Condition.EVEN_OUTPUTS) == {"a"}
+    assert holding(Condition.BLOCKS_OF_16) == {"a", "b", "c", "d"}
+    assert holding(Condition.BLOCKS_OF_32) == {"a", "c", "d"}
+    assert holding(Condition.BLOCKS_OF_64) == set()
+    assert holding(Condition.ROWS_OF_MATRIX) == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("behind", "split"),
+    [
+        ("a, b, y = Split <num_outputs=3> (p)", True),
+        (
+            "s = Add (p, c)\nr = Reshape (s, h)\nt = Transpose <perm=[1,0]> (r)\na, b, y = Split <num_outputs=3> (t)",
+            True,
+        ),
+        ("a = Gather (p, i)\nb = Gather (p, j)\ny = Mul (a, b)", True),
+        ("n = Shape (p)\na, b, y = Split <num_outputs=3> (p)", True),
+        ("y = Gather (p, i)", False),
+        ("s = Add (p, x)\na, b, y = Split <num_outputs=3> (s)", False),
+        ("y = Relu (p)", False),
+        ("r = Relu (p)\na, b, t = Split <num_outputs=3> (p)\ny = Mul (r, p)", False),
+    ],
+)
+def test_a_product_that_is_read_in_parts(behind, split):
+    import onnx_ir as ir
+    from onnx import parser
+
+    weights = "float[6,6] w, float[6] c = {1, 2, 3, 4, 5, 6}, int64[2] h = {6, 6}, int64 i = {1}, int64 j = {2}"
+    text = f"net (float[6,6] x) => (float[n,m] y) <{weights}> {{ p = MatMul (x, w)\n{behind} }}"
+    model = ir.from_proto(parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {text}'))
+
+    assert questions.holds(Condition.SPLIT_RESULT, model.graph[0], frozenset()) == split
+
+
 def test_between_quantized_asks_for_all_computed_inputs(graph_of, node):
     nodes = [node("Add", "x y", "sum"), node("Add", "sum c", "shifted"), node("Add", "c c", "folded")]
     outputs = {"shifted": [2], "folded": [2]}

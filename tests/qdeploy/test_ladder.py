@@ -1,11 +1,16 @@
 """The ladder, on plans that are sets of steps and scores that are looked up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
+from qdeploy.calibration_readers.minmax import MinMax
+from qdeploy.collect import collect
 from qdeploy.errors import InputError, UnavailableError
 from qdeploy.ladder import APPLIED, CHEAPEST_FIRST, Score, climb, search
+from qdeploy.plan import plan as make_plan
+from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.steps import STEPS
 
 SCORES = {
@@ -50,7 +55,6 @@ def test_stops_within_the_budget_and_takes_back_what_did_not_help(budget, best, 
 
     assert found.best == best
     assert measured == tried
-    assert found.within_budget == (SCORES[best].drop <= budget)
     assert [(each.step, each.kept) for each in found.attempts if each.step] == [
         (rung[-1], rung in {"a", "ad", "ade"}) for rung in tried if rung
     ]
@@ -61,14 +65,13 @@ def test_a_step_that_cannot_be_taken_is_recorded_with_its_reason():
 
     assert measured == ["", "a"]
     refused, missing = found.attempts[1:3]
-    assert (missing.step, missing.kept, missing.reason) == ("z", False, "It needs torch. Install it.")
-    assert (refused.step, refused.score, refused.kept, refused.reason) == (
+    assert (missing.step, missing.kept, missing.detail) == ("z", False, "It needs torch. Install it.")
+    assert (refused.step, refused.score, refused.kept, refused.detail) == (
         "x",
         None,
         False,
         "It needs samples. Give some.",
     )
-    assert found.within_budget
 
 
 def test_a_gain_that_is_too_small_does_not_count():
@@ -78,8 +81,8 @@ def test_a_gain_that_is_too_small_does_not_count():
 
 
 def test_every_step_has_its_place_on_the_ladder():
-    assert sorted(APPLIED) == sorted(CHEAPEST_FIRST)
-    assert set(STEPS) - {"clipping"} <= set(APPLIED)  # clipping is for 4 bits
+    assert sorted(APPLIED) == sorted((*CHEAPEST_FIRST, "mixed-precision"))
+    assert set(STEPS) - {"clipping", "gptq"} <= set(APPLIED)  # these are for 4 bits
 
 
 def test_steps_that_helped_are_applied_in_their_own_order_and_none_twice():
@@ -112,3 +115,71 @@ class Plan:
     """Stands for a recovery whose plan is the names of the steps taken."""
 
     plan: tuple[str, ...]
+
+
+@pytest.fixture
+def mixing(build, node, normal_form, contract, random_samples, folder):
+    """Six convolutions, of which b makes most of the noise, and d most of the rest."""
+    nodes = [node("Conv", f"{x} w{y}", y) for x, y in zip(("x", *LAYERS), LAYERS, strict=False)]
+    random = np.random.default_rng(7)
+    weights = {f"w{y}": random.normal(size=(3, 3, 1, 1)).astype(np.float32) for y in LAYERS}
+    model = normal_form(build(nodes, {"x": [1, 3, 4, 5]}, {"out": [1, 3, 4, 5]}, weights))
+    samples = random_samples(model)
+    statistics = collect(model, samples)
+    drafted = make_plan(model, statistics, contract, MinMax())
+    coarse = {
+        name: replace(drafted.weights[f"w{name}"], scale=by * drafted.weights[f"w{name}"].scale) for name, by in COARSER
+    }
+    plan = replace(drafted, weights=drafted.weights | {f"w{name}": grid for name, grid in coarse.items()})
+    return Recovery(plan, statistics, Means(samples, MinMax(), (), folder()))
+
+
+LAYERS = ("a", "b", "c", "d", "e", "out")
+COARSER = (("b", np.float32(60)), ("d", np.float32(15)))
+
+
+def floats(plan):
+    return {name for name, node in plan.nodes.items() if not node.quantized}
+
+
+def drops(plan):
+    """A metric that b costs 0.05 and d 0.02."""
+    left = floats(plan)
+    return Score(0.05 * ("b" not in left) + 0.02 * ("d" not in left), 10.0 * len(left), 0.9)
+
+
+@pytest.mark.parametrize(("budget", "best"), [(0.03, {"b"}), (0.01, {"b", "d"})])
+def test_mixed_precision_gives_back_no_more_than_the_budget_needs(mixing, budget, best):
+    found = search(mixing, {"mixed-precision": STEPS["mixed-precision"]}, drops, budget)
+
+    assert floats(found.best.plan) == best
+    (chosen,) = (choice for choice in found.front if choice.chosen)
+    assert set(chosen.point.nodes) == best
+    assert [attempt.kept for attempt in found.attempts] == [True, *(each is chosen for each in found.front[1:])]
+    # Every choice is measured, the float ones of which all do half of the multiplications at most.
+    assert [each.point.nodes for each in found.front[:3]] == [(), ("b",), ("b", "d")]
+    assert [each.score for each in found.front] == [drops(each.recovery.plan) for each in found.front]
+    assert all(each.point.work <= 0.5 for each in found.front)
+
+
+def test_a_budget_out_of_reach_keeps_the_best_choice(mixing):
+    found = search(mixing, {"mixed-precision": STEPS["mixed-precision"]}, drops, -0.01)
+
+    assert floats(found.best.plan) >= {"b", "d"}
+    assert sum(each.chosen for each in found.front) == 1
+
+
+def test_mixed_precision_is_left_out_where_the_budget_is_met_without(mixing):
+    found = search(mixing, {"mixed-precision": STEPS["mixed-precision"]}, drops, 0.07)
+
+    assert found.best is mixing
+    assert found.front == ()
+
+
+def test_mixed_precision_that_cannot_be_taken_is_recorded_with_its_reason(mixing):
+    bare = replace(mixing, means=replace(mixing.means, samples=None))
+
+    found = search(bare, {"mixed-precision": STEPS["mixed-precision"]}, drops, 0.0)
+
+    assert found.best is bare
+    assert found.attempts[-1].detail.startswith("The recovery step 'mixed-precision' runs the calibration samples")

@@ -23,6 +23,7 @@ from qdeploy.ladder import APPLIED, CHEAPEST_FIRST
 from qdeploy.model import ModelSource
 from qdeploy.parity import harness
 from qdeploy.recipe import Recipe, TargetRequest
+from qdeploy.recover import mixed_precision
 from qdeploy.recover.steps import STEPS
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics
@@ -114,6 +115,11 @@ def bundle(data, tmp_path_factory):
     return path, pipeline.run(recipe(data, "ort-cpu", "ort-cpu:fp32"), path)
 
 
+def quantized_nodes(bundle):
+    layers = json.loads((bundle / "ort-cpu/layers.json").read_text("utf-8"))["layers"]
+    return [layer["node"] for layer in layers if layer["precision"] == "int8"]
+
+
 def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -126,6 +132,7 @@ def test_a_bundle_holds_all_that_was_promised_and_nothing_else(bundle):
 
     assert files(path) == [
         "bundle.json",
+        "calibration/ort-cpu.json",
         "calibration/statistics.npz",
         "float/model.onnx",
         "golden/inputs.npz",
@@ -709,24 +716,32 @@ def test_a_budget_that_plain_quantization_keeps_needs_no_step(data, tmp_path):
 
     assert row.status == "pass"
     assert row.evaluation_samples == 50
-    assert "Steps were searched on every other evaluation sample; the figures are of the rest." in row.reason
+    assert "Steps were searched on half of the evaluation samples; the figures are of the other half." in row.reason
     (only,) = row.steps
     assert (only.name, only.kept) == ("none", True)
     assert only.drop <= 0.5
     assert only.seconds > 0
 
 
-def test_a_budget_out_of_reach_tries_every_step_and_keeps_the_best(data, tmp_path):
+def test_a_budget_out_of_reach_tries_every_step_and_keeps_the_best(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed_precision, "MOST_WORK", 0.95)  # one layer does most of the work here
     report = pipeline.run(recipe(data, max_drop=-1.0), tmp_path / "out")
     (row,) = report.targets
 
     assert (row.status, report.exit_code) == ("fail", 1)
     tried = [step.name for step in row.steps]
     assert tried[:2] == ["none", "bias-correction"]
-    assert set(tried) == {"none", *CHEAPEST_FIRST} & {"none", *STEPS}
-    kept = tuple(step.name for step in row.steps if step.kept and step.name != "none")
-    taken = [name for name in APPLIED if name in kept]
-    same = pipeline.run(recipe(data, recover=tuple(taken) or ("none",)), tmp_path / "same")
+    assert set(tried) == {"none", *CHEAPEST_FIRST, "mixed-precision"} & {"none", *STEPS}
+    assert row.remaining.gap == pytest.approx(row.drop + 1)
+    assert f"{row.remaining.gap:.4f} more than the budget is lost. Quantized alone" in row.reason
+    sensitivities = [layer.sqnr_db for layer in row.remaining.layers]
+    assert sensitivities == sorted(sensitivities)
+    assert {layer.node for layer in row.remaining.layers} <= set(quantized_nodes(tmp_path / "out"))
+    (chosen,) = (point for point in row.pareto if point.chosen)
+    assert all(point.latency_ms > 0 for point in row.pareto)
+    kept = {step.name for step in row.steps if step.kept} - {"none", "mixed-precision"}
+    taken = tuple(name for name in APPLIED if name in kept)
+    same = pipeline.run(recipe(data, recover=taken or ("none",), keep=chosen.kept_float), tmp_path / "same")
     assert same.targets[0].status == "pass"
     built, again = (open_bundle(tmp_path / out).manifest.files["ort-cpu/model.onnx"] for out in ("out", "same"))
     assert built == again

@@ -34,8 +34,9 @@ class Function(Runner):
         pass
 
 
-def sample(x, labels=None):
-    return SimpleNamespace(inputs={"x": np.asarray(x)}, labels=None if labels is None else np.asarray(labels))
+def sample(x, labels=None, raw=None):
+    labels = None if labels is None else np.asarray(labels)
+    return SimpleNamespace(inputs={"x": np.asarray(x)}, labels=labels, raw=raw or {})
 
 
 def samples(count, batch, classes, *, labelled=True, seed=0):
@@ -360,3 +361,38 @@ def test_half_precision_has_no_value_that_stands_for_an_infinite_one():
 
     assert found.incomparable == 0
     assert found.max_abs_error == 0.5
+
+
+def digest(data, target=rounded, metric=None):
+    return run(data, target, metric).samples_digest
+
+
+def test_the_digest_is_of_the_samples_and_not_of_what_became_of_them():
+    data = samples(5, 2, 3)
+
+    assert len(digest(data)) == 64
+    assert digest(data) == digest(samples(5, 2, 3), identity, metric_from_name("top1"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:4],
+        lambda data: data[::-1],
+        lambda data: [*data[:4], sample(data[4].inputs["x"] + 1e-6, data[4].labels)],
+        lambda data: [*data[:4], sample(data[4].inputs["x"], data[4].labels ^ 1)],
+    ],
+    ids=["fewer", "another order", "another value", "another label"],
+)
+def test_other_samples_have_another_digest(change):
+    data = samples(5, 2, 3)
+
+    assert digest(change(data)) != digest(data)
+
+
+def test_samples_are_told_by_what_they_were_before_preprocessing():
+    file, other = np.arange(9, dtype=np.uint8), np.arange(1, 10, dtype=np.uint8)
+    x = np.ones((1, 3))
+
+    assert digest([sample(x, raw={"x": file})]) == digest([sample(2 * x, raw={"x": file})])
+    assert digest([sample(x, raw={"x": file})]) != digest([sample(x, raw={"x": other})])

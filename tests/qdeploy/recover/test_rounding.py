@@ -146,3 +146,28 @@ def test_the_same_rows_give_the_same_choice():
 
     for once, again in zip(choose(rows, weight, low, high), choose(rows, weight, low, high), strict=True):
         np.testing.assert_array_equal(once, again)
+
+
+def test_rows_are_filled_up_with_drawn_ones_of_the_same_mean_and_spread():
+    rows, weight, *_ = problem(2, 50, 30, 3, (0.0, 6.0))
+
+    more = rows.with_at_least(4000, weight)
+
+    assert more.x.shape == (2, 4000, 30)
+    np.testing.assert_allclose(more.x.mean(axis=1), rows.x.mean(axis=1), atol=0.1 * rows.x.std(axis=1).max())
+    np.testing.assert_allclose(more.x.std(axis=1), rows.x.std(axis=1), rtol=0.1)
+    np.testing.assert_allclose(more.y, np.clip(more.x @ weight + rows.bias, 0, 6), atol=1e-4)
+    assert set(map(bytes, rows.x[0])) < set(map(bytes, more.x[0]))
+    assert rows.with_at_least(50, weight) is rows
+
+
+def test_drawn_rows_keep_what_the_rows_do_not_show():
+    """Rounded by few rows, a layer is close on other samples, too."""
+    rows, weight, low, high, _ = problem(1, 400, 60, 4)
+    few = replace(rows, x=rows.x[:, :20], y=rows.y[:, :20])
+
+    alone, filled = (
+        errors(rows, choose(each, weight, low, high)[0]).sum() for each in (few, few.with_at_least(120, weight))
+    )
+
+    assert filled < alone
