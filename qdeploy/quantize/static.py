@@ -39,7 +39,7 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     _absorb_activations(graph, plan)
     quantized_nodes = [str(n.name) for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
     whole = ir.to_proto(ir.external_data.load_to_model(graph))  # ORT looks for external data in the current folder
-    graph = ir.from_proto(_insert_qdq(whole, plan, _rounding(plan, quantized_nodes)))
+    graph = ir.from_proto(_insert_qdq(whole, plan, _rounding(graph, plan, quantized_nodes)))
     _leave_float(graph, plan)
     _store_weights(graph, plan)
     passes.RemoveUnusedNodesPass()(graph)
@@ -70,9 +70,19 @@ def replace_constants(graph: ir.Model, plan: QuantPlan) -> None:
         reader.replace_input_with(index, value)
 
 
-def _rounding(plan: QuantPlan, nodes: list[str]) -> list[str]:
-    """Without recurrent operators, whose weights alone are stored as integers: ORT would round their states, too."""
-    return [name for name in nodes if plan.nodes[name].op_type not in questions.RECURRENT]
+def _rounding(graph: ir.Model, plan: QuantPlan, names: list[str]) -> list[str]:
+    """Without the operators whose constants alone are stored as integers.
+
+    ORT would round the states of a recurrence, too, and give what is looked up the scales of its table.
+    """
+    nodes = {str(node.name): node for node in graph.graph if node.name in names}
+    return [name for name in names if not _has_integer_constants_alone(nodes[name], plan)]
+
+
+def _has_integer_constants_alone(node: ir.Node, plan: QuantPlan) -> bool:
+    if node.op_type == "Gather":
+        return node.inputs[0] is not None and node.inputs[0].name in plan.weights
+    return node.op_type in questions.RECURRENT
 
 
 def _absorb_activations(graph: ir.Model, plan: QuantPlan) -> None:
