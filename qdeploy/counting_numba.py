@@ -32,14 +32,11 @@ def _count(bits, table):  # noqa: ANN001, ANN202
 def _scan_rows(values, bits, low, high, total):  # noqa: ANN001, ANN202
     for o in range(values.shape[0]):
         for c in range(values.shape[1]):
-            row = bits[o, c]
-            smallest, largest = _HIGHEST, _LOWEST
+            row, reals = bits[o, c], values[o, c]
+            smallest, largest, partial = _HIGHEST, _LOWEST, 0.0
             for i in range(row.size):
                 key = row[i] ^ ((row[i] >> 31) & _MAGNITUDE)
                 smallest, largest = min(smallest, key), max(largest, key)
-            reals = values[o, c]
-            partial = 0.0
-            for i in range(reals.size):
                 partial += reals[i]
             low[c], high[c] = min(low[c], smallest), max(high[c], largest)
             total[c] += partial
