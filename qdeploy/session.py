@@ -57,8 +57,9 @@ def open_session(
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[graph_level]
-    # ORT's threads spin after a run and take the cores from whatever follows (four times slower calibration).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Within a run ORT's threads spin, as users run it. After it they would take the cores from whatever follows
+    # (four times slower calibration).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     model = _with_outputs(path, observed, options) if observed else str(path)
