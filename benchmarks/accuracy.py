@@ -13,13 +13,14 @@ from typing import Literal
 from common import SOURCE, accuracy_cells, images, percent, prepared_model, print_environment, print_table
 
 from qdeploy.backend import Runner
+from qdeploy.building import Making, build
 from qdeploy.collect import collect
 from qdeploy.model import FloatModel
 from qdeploy.outcome import Job
 from qdeploy.parity.compare import compare
 from qdeploy.parity.harness import FLOAT
 from qdeploy.parity.metrics import metric_from_name
-from qdeploy.pipeline import Making, build, calibration_reader, look_up
+from qdeploy.pipeline import calibration_reader, look_up
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.session import SessionRunner
 from qdeploy.statistics import Statistics

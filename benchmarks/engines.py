@@ -21,6 +21,7 @@ from zoo import ZOO
 
 from qdeploy.backend import Artifact, Layer
 from qdeploy.backends.trt.engine import EngineRunner
+from qdeploy.building import Making, build
 from qdeploy.collect import collect
 from qdeploy.device import cuda_devices
 from qdeploy.export import export, load
@@ -29,7 +30,7 @@ from qdeploy.outcome import Built, Job
 from qdeploy.parity.compare import Comparison
 from qdeploy.parity.harness import against_float
 from qdeploy.parity.metrics import metric_from_name
-from qdeploy.pipeline import Making, build, calibration_reader, look_up
+from qdeploy.pipeline import calibration_reader, look_up
 from qdeploy.prepare import prepare
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.samples.source import Sample

@@ -16,11 +16,12 @@ from statistics import median
 from common import SOURCE, OrtReader, different_images, prepared_model, print_environment, print_table, save_inputs
 
 from qdeploy.backend import Arrays
+from qdeploy.building import Making, build
 from qdeploy.collect import collect
 from qdeploy.model import FloatModel
 from qdeploy.outcome import Job
 from qdeploy.parity.latency import Latency, measure, speedup
-from qdeploy.pipeline import Making, build, calibration_reader, look_up
+from qdeploy.pipeline import calibration_reader, look_up
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.samples.source import Sample
 from qdeploy.session import SessionRunner

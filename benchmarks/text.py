@@ -17,13 +17,14 @@ from calibration import Cost, time_cells, time_titles
 from common import in_new_process, peak_memory_mb, print_environment, print_table
 from latency import print_latency
 
+from qdeploy.building import Making, build
 from qdeploy.collect import collect
 from qdeploy.export import export, load
 from qdeploy.model import FloatModel
 from qdeploy.outcome import Built, Job
 from qdeploy.parity.harness import against_float
 from qdeploy.parity.metrics import metric_from_name
-from qdeploy.pipeline import Making, build, calibration_reader, look_up
+from qdeploy.pipeline import calibration_reader, look_up
 from qdeploy.prepare import prepare
 from qdeploy.recipe import Given, Recipe, TargetRequest, merged, read_recipe
 from qdeploy.samples.open import open_samples

@@ -13,9 +13,10 @@ from pathlib import Path
 from common import print_environment, print_table
 from text import _recipe, _shapes, minilm, print_accuracy, print_speed, sentences
 
+from qdeploy.building import Making, build
 from qdeploy.model import FloatModel
 from qdeploy.outcome import Built, Job
-from qdeploy.pipeline import Making, build, calibration_reader, look_up
+from qdeploy.pipeline import calibration_reader, look_up
 from qdeploy.recipe import TargetRequest
 from qdeploy.samples.source import SampleSource
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qdeploy.analysis.cache import plan_digest, recall, remember, samples_digest
@@ -11,18 +13,56 @@ from qdeploy.analysis.layers import LayerErrors, layer_errors
 from qdeploy.analysis.operands import at_bits, takes_bits
 from qdeploy.analysis.sensitivity import FLOAT16, Sensitivity, parts, sensitivity, sensitivity_shared
 from qdeploy.analysis.weights import WeightReport, weight_reports
-from qdeploy.errors import InputError
-from qdeploy.pipeline import SILENT, Making, Subject, collected, to_analyze
-from qdeploy.plan import QuantPlan, plan
-from qdeploy.progress import Progress
+from qdeploy.building import Making, made
+from qdeploy.bundle.write import scratch_folder
+from qdeploy.data import calibration_opener, calibration_samples, metric_for, open_data, require_shareable
+from qdeploy.errors import InputError, UnavailableError
+from qdeploy.export import load
+from qdeploy.graph import load_graph
+from qdeploy.model import FloatModel
+from qdeploy.outcome import (
+    Unavailable,
+)
+from qdeploy.parity.metrics import Metric
+from qdeploy.pipeline import calibration_reader, collected, find_metric, look_up, to_float_model
+from qdeploy.plan import QuantPlan, kept_nodes, plan
+from qdeploy.progress import SILENT, Progress
 from qdeploy.recipe import Recipe
+from qdeploy.recommend import with_chosen_targets
 from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.steps import STEPS
+from qdeploy.samples.source import SampleSource
+from qdeploy.samples.states import states_of
 from qdeploy.statistics import Statistics
 from qdeploy.workers import Workers
 
 BITS = (4, 8, 16)
 """Widths that sensitivity is measured at unless told otherwise."""
+
+
+MOST_ANALYZED = 64
+"""Samples that analysis runs. Ranges come from all of them, and so many tell one layer from another."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What there is to analyze.
+
+    Attributes:
+        making: The target and the float model, with all calibration samples and no statistics yet.
+        samples: Those of the calibration samples that are run: at most 64, evenly spread.
+        metric: Of labelled samples; None without labels.
+        open_all: Opens all calibration samples for a worker.
+        open_some: Opens those that are run.
+        make_metric: Makes the metric for a worker.
+    """
+
+    making: Making
+    samples: SampleSource
+    metric: Metric | None
+    open_all: Callable[[FloatModel], SampleSource]
+    open_some: Callable[[FloatModel], SampleSource]
+    make_metric: Callable[[], Metric | None]
 
 
 def analyze_weights(recipe: Recipe, *, progress: Progress = SILENT) -> tuple[WeightReport, ...]:
@@ -31,7 +71,7 @@ def analyze_weights(recipe: Recipe, *, progress: Progress = SILENT) -> tuple[Wei
     Raises:
         InputError: The recipe, or something that it names, is wrong.
     """
-    with to_analyze(recipe, progress) as subject:
+    with _to_analyze(recipe, progress) as subject:
         making = subject.making
         return weight_reports(making.model, making.job.contract, making.keep)
 
@@ -47,7 +87,7 @@ def analyze_layers(recipe: Recipe, statistics: Path | None = None, *, progress: 
     Raises:
         InputError: The recipe, or something that it names, is wrong, or the target has no calibrated ranges.
     """
-    with to_analyze(recipe, progress) as subject:
+    with _to_analyze(recipe, progress) as subject:
         making = _calibrated(subject, statistics, progress)
         recovered = _recovered(making, "own")
         with progress.step("Comparing layers", subject.samples.size) as advance:
@@ -78,7 +118,7 @@ def analyze_sensitivity(
     """
     if not bits or not all(2 <= width <= 16 for width in bits):
         raise InputError(f"The widths cannot be {', '.join(map(str, bits)) or 'none'}.", "Name some from 2 to 16.")
-    with to_analyze(recipe, progress, workers) as subject:
+    with _to_analyze(recipe, progress, workers) as subject:
         making = _calibrated(subject, statistics, progress, workers)
         with progress.step("Planning", len(bits)) as advance:
             plans = {}
@@ -101,6 +141,47 @@ def analyze_sensitivity(
         if key:
             remember(key, found)
         return found
+
+
+@contextmanager
+def _to_analyze(recipe: Recipe, progress: Progress = SILENT, workers: Workers | None = None) -> Iterator[Subject]:
+    """The recipe's first target, and its model exported, with its calibration samples.
+
+    Args:
+        recipe: Its first target is analyzed.
+        progress: Told of each step.
+        workers: Who will share the work; None for this process alone.
+
+    Raises:
+        InputError: The recipe, or something that it names, is wrong.
+        UnavailableError: This machine cannot build the target.
+    """
+    if recipe.calibration is None:
+        raise InputError("There is no calibration data.", "Give --calibration DATA: analysis runs samples.")
+    require_shareable(recipe.calibration, workers)
+    if recipe.metric is not None:
+        require_shareable(recipe.metric, workers)
+    recipe, _ = with_chosen_targets(replace(recipe, targets=recipe.targets[:1], evaluation=None))
+    (job,) = look_up(recipe)
+    if isinstance(job, Unavailable):
+        raise UnavailableError(f"The target {job.request.name} cannot be analyzed here: {job.reason}")
+    reader, metric = calibration_reader(recipe.reader), find_metric(recipe.metric)
+    loaded = load(recipe.source)
+    sources = open_data(recipe, loaded)
+    fewer = min(recipe.samples or MOST_ANALYZED, MOST_ANALYZED)
+    few = open_data(replace(recipe, samples=fewer), loaded)
+    metric = metric_for(metric, None, few.evaluation)
+    with scratch_folder() as scratch:
+        with progress.step("Exporting"):
+            model = to_float_model(loaded, sources, scratch)
+        kept_nodes(load_graph(model.path), recipe.keep)
+        states = states_of(recipe.states, model)
+        everything, part = (calibration_samples(each.evaluation, states, model) for each in (sources, few))
+        work = made(scratch / job.folder)
+        open_all, open_some = (calibration_opener(recipe, loaded, states, each) for each in (recipe.samples, fewer))
+        make_metric = partial(find_metric, recipe.metric or (metric.name if metric else None))
+        making = Making(job, model, None, reader, work, everything, recipe.keep)
+        yield Subject(making, part, metric, open_all, open_some, make_metric)
 
 
 def _calibrated(subject: Subject, path: Path | None, progress: Progress, workers: Workers | None = None) -> Making:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
-from qdeploy import pipeline, registry
+from qdeploy import bundled, pipeline, registry
 from qdeploy.backend import Arrays, Backend, Runner, option_text, parse_options
 from qdeploy.errors import InputError
 from qdeploy.model import DimRange, ModelSource, TensorSpec
@@ -49,7 +49,7 @@ class Deployment:
         Raises:
             InputError: The bundle has no such target, or was changed.
         """
-        return pipeline.open_target(self.path, target)
+        return bundled.open_target(self.path, target)
 
     def run(self, inputs: Arrays, target: str | None = None) -> dict[str, NDArray[Any]]:
         """Outputs by name for whole model inputs by name, batch and states included. To run many, use `open`."""

@@ -34,3 +34,6 @@ class Silent:
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:  # noqa: ARG002 - shown nowhere
         """A step of which nothing is seen."""
         yield lambda: None
+
+
+SILENT = Silent()

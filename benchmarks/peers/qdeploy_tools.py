@@ -10,9 +10,10 @@ from task import Samples, run
 
 def _quantize(model: Path, samples: Samples, output: Path, *, precision: str) -> None:
     import qdeploy
+    from qdeploy.building import Making, build
     from qdeploy.model import ModelSource
     from qdeploy.outcome import Job
-    from qdeploy.pipeline import Making, build, calibration_reader, look_up
+    from qdeploy.pipeline import calibration_reader, look_up
     from qdeploy.recipe import Recipe, TargetRequest
     from qdeploy.samples.source import Sample
 

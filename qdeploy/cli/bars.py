@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from qdeploy.progress import Progress, Silent
+from qdeploy.progress import SILENT, Progress
 
 
 class Bars:
@@ -37,4 +37,4 @@ class Bars:
 
 def progress(*, quiet: bool) -> Progress:
     """Bars if standard error is a terminal and something may be shown; otherwise nothing."""
-    return Bars() if sys.stderr.isatty() and not quiet else Silent()
+    return Bars() if sys.stderr.isatty() and not quiet else SILENT

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def bench(path: options.ModelOrBundle, *, as_json: options.Json = False, quiet: options.Quiet = False) -> int:
     """Measure how fast an ONNX model, or each target of a bundle, runs on this machine."""
-    from qdeploy import pipeline
+    from qdeploy import bundled
 
     with results() as file:
-        times = pipeline.bench(path, progress=progress(quiet=quiet))
+        times = bundled.bench(path, progress=progress(quiet=quiet))
         if as_json:
             rows = {name: {"p50": t.p50, "p90": t.p90, "p99": t.p99, "runs": t.runs} for name, t in times.items()}
             file.write(json.dumps({"schema": 1, "latency_ms": rows}, indent=2) + "\n")

@@ -26,11 +26,11 @@ def parity(
     quiet: options.Quiet = False,
 ) -> int:
     """Compare the targets of a bundle with FP32 on this machine, on its golden samples unless others are given."""
-    from qdeploy import pipeline
+    from qdeploy import bundled
 
     with results() as file:
         recipe = bundle_recipe(bundle, evaluation, metric, max_drop)
-        report = pipeline.compare_bundle(recipe, bundle, target, progress(quiet=quiet))
+        report = bundled.compare_bundle(recipe, bundle, target, progress(quiet=quiet))
         return give(report, file, as_json=as_json, quiet=quiet)
 
 

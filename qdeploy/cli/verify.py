@@ -85,9 +85,9 @@ def _opened(path: Path, target: str | None, data: str | None, metric: str | None
         if metric is not None:
             raise InputError("There is nothing to measure --metric on.", "Give --evaluation DATA, with labels.")
         return None
-    from qdeploy import pipeline
+    from qdeploy import bundled
 
-    return pipeline.open_evaluation(bundle_recipe(path, data, metric, None), path, target)
+    return bundled.open_evaluation(bundle_recipe(path, data, metric, None), path, target)
 
 
 def _lines(found: Verification) -> Iterator[str]:

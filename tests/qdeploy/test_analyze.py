@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qdeploy.analyze import analyze_layers, analyze_sensitivity, analyze_weights
+from qdeploy.analyze import MOST_ANALYZED, analyze_layers, analyze_sensitivity, analyze_weights
 from qdeploy.model import ModelSource
-from qdeploy.pipeline import MOST_ANALYZED
 from qdeploy.recipe import Recipe, TargetRequest
 
 

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qdeploy import pipeline, registry
+from qdeploy import bundled, pipeline, registry
 from qdeploy.backend import Artifact, Availability, Layer, no_progress
 from qdeploy.backends.ort_cpu import OrtCpu
 from qdeploy.bundle.load import open_bundle
@@ -173,7 +173,7 @@ def test_the_reports_figures_are_those_of_the_bundles_files(bundle, data, folder
     # One at a time, since dynamic batches may be summed in another order.
     one_by_one = [images[i : i + 1] for i in range(100)]
     reference = np.concatenate([outputs_of(path / "float/model.onnx", x)["logits"] for x in one_by_one])
-    with pipeline.open_target(path, folder) as runner:
+    with bundled.open_target(path, folder) as runner:
         got = np.concatenate([runner.run({"image": x})["logits"] for x in one_by_one])
 
     x, y = reference.astype(np.float64), got.astype(np.float64)
@@ -284,7 +284,7 @@ def test_a_large_model_lies_beside_its_weights(data, tmp_path, monkeypatch):
     size = sum((tmp_path / "out/float" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert report.reference.size_bytes == size
     assert report.targets[0].status == "pass"
-    with pipeline.open_target(tmp_path / "out") as runner:
+    with bundled.open_target(tmp_path / "out") as runner:
         assert runner.run({"image": np.zeros((3, 1, 8, 8), np.float32)})["logits"].shape == (3, CLASSES)
     for name in external:
         content = (tmp_path / "out" / name).read_bytes()
@@ -651,7 +651,7 @@ def test_a_bundle_opens_with_the_options_it_was_built_with(plug_ins, data, tmp_p
     pipeline.run(recipe(data, targets=(request,), calibration=None), tmp_path / "out")
     Configured.opened.clear()
 
-    pipeline.open_target(tmp_path / "out")
+    bundled.open_target(tmp_path / "out")
 
     assert Configured.opened == [ManyOptions(fast=False, devices=("x", "y"), threads=3)]
 
@@ -661,11 +661,11 @@ def test_a_bundle_of_a_target_that_cannot_run_here_says_so(plug_ins, data, tmp_p
     monkeypatch.setattr(Configured, "availability", Elsewhere.availability)
 
     with pytest.raises(UnavailableError) as refused:
-        pipeline.open_target(tmp_path / "out")
+        bundled.open_target(tmp_path / "out")
     assert str(refused.value) == (
         "The target configured cannot run here: there is no such chip here. To get it: buy one"
     )
-    pipeline.open_target(tmp_path / "out", "ort-cpu")
+    bundled.open_target(tmp_path / "out", "ort-cpu")
 
 
 def test_the_first_precision_has_the_targets_own_folder(data, tmp_path):
@@ -935,7 +935,7 @@ def test_a_target_is_opened_by_its_name_or_folder(bundle, target, folder):
     golden = dict(np.load(path / "golden/outputs.npz"))
     image = np.load(path / "golden/inputs.npz")["image"][:1]
 
-    with pipeline.open_target(path, target) as runner:
+    with bundled.open_target(path, target) as runner:
         outputs = runner.run({"image": image})
 
     np.testing.assert_array_equal(outputs["logits"], golden[f"{folder}/logits"][:1])
@@ -943,7 +943,7 @@ def test_a_target_is_opened_by_its_name_or_folder(bundle, target, folder):
 
 def test_a_target_that_a_bundle_does_not_hold_is_refused(bundle):
     with pytest.raises(InputError, match=r"has no target 'tensorrt'\. Known: ort-cpu, ort-cpu-fp32\."):
-        pipeline.open_target(bundle[0], "tensorrt")
+        bundled.open_target(bundle[0], "tensorrt")
 
 
 def comparison(data, path, **changes):
@@ -955,7 +955,7 @@ def test_a_bundle_is_compared_again_as_it_was_when_it_was_made(bundle, data, mon
     before = {name: (path / name).read_bytes() for name in files(path)}
     monkeypatch.setattr(harness, "measure", never)
 
-    again = pipeline.compare_bundle(comparison(data, path), path)
+    again = bundled.compare_bundle(comparison(data, path), path)
 
     same = {"target", "precision", "folder", "artifact", "status", "evidence", "reason", "size_bytes", "compression"}
     same |= {"metric", "drop", "drop_interval", "agreement", "cosine", "sqnr_db", "max_abs_error", "evaluation_samples"}
@@ -972,7 +972,7 @@ def test_one_target_of_a_bundle_is_compared_on_other_data(bundle, data):
     path, _ = bundle
     other = comparison(data, path, evaluation=str(data / "calibration.npz"))
 
-    report = pipeline.compare_bundle(other, path, "ort-cpu-fp32")
+    report = bundled.compare_bundle(other, path, "ort-cpu-fp32")
 
     assert [(row.folder, row.evaluation_samples) for row in report.targets] == [("ort-cpu-fp32", 16)]
 
@@ -997,7 +997,7 @@ def test_a_bundles_latency_is_measured_on_its_first_golden_sample(bundle, monkey
         harness, "latencies", lambda runners, inputs: timed.append(inputs) or latencies(runners, inputs)
     )
 
-    times = pipeline.bench(path)
+    times = bundled.bench(path)
 
     assert list(times) == ["float", "ort-cpu", "ort-cpu-fp32"]
     assert {each.runs for each in times.values()} == {20}
@@ -1009,8 +1009,8 @@ def test_a_files_latency_is_measured_on_the_sample_given_or_a_random_one(data, m
     monkeypatch.setattr(harness, "latencies", lambda runners, inputs: timed.append(inputs) or dict.fromkeys(runners))
     mine = {"image": np.ones((2, 1, 8, 8), np.float32)}
 
-    assert list(pipeline.bench(data / "net.onnx")) == ["float"]
-    pipeline.bench(data / "net.onnx", mine)
+    assert list(bundled.bench(data / "net.onnx")) == ["float"]
+    bundled.bench(data / "net.onnx", mine)
 
     assert timed[1] is mine
     assert (timed[0]["image"].shape, timed[0]["image"].dtype) == ((1, 1, 8, 8), np.float32)
@@ -1022,6 +1022,6 @@ def test_a_damaged_bundle_is_neither_opened_nor_measured(bundle, data, tmp_path)
     path = shutil.copytree(bundle[0], tmp_path / "copy")
     (path / "ort-cpu/layers.json").write_bytes(b"{}")
 
-    for use in (pipeline.open_target, pipeline.bench, lambda p: pipeline.compare_bundle(comparison(data, p), p)):
+    for use in (bundled.open_target, bundled.bench, lambda p: bundled.compare_bundle(comparison(data, p), p)):
         with pytest.raises(InputError, match=r"ort-cpu/layers\.json was changed"):
             use(path)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from qdeploy.bundled import open_target
 from qdeploy.errors import InputError
 from qdeploy.model import ModelSource
-from qdeploy.pipeline import look_up, open_target, run
+from qdeploy.pipeline import look_up, run
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.samples.source import Sample
 from tests.contracts.backend_contract import float_model, outputs_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy import pipeline
+from qdeploy import bundled
 from qdeploy.cli import main
 from qdeploy.device import cuda_devices
 from tests.contracts.backend_contract import NET, float_model
@@ -66,7 +66,7 @@ def test_a_bundle_is_run_again_from_its_files(deployment):
 
 
 def test_a_simulation_is_never_timed(deployment):
-    assert list(pipeline.bench(deployment.path)) == ["float"]
+    assert list(bundled.bench(deployment.path)) == ["float"]
 
 
 def test_its_model_keeps_the_rules_it_was_made_by(deployment, capfd):

@@ -12,10 +12,11 @@ from qdeploy.backends.trt.build import build as build_engine
 from qdeploy.backends.trt.build import profile
 from qdeploy.backends.trt.contract import Options
 from qdeploy.backends.trt.library import library
+from qdeploy.building import Making, build
 from qdeploy.collect import collect
 from qdeploy.model import DimRange
 from qdeploy.outcome import Job
-from qdeploy.pipeline import Making, build, calibration_reader, look_up
+from qdeploy.pipeline import calibration_reader, look_up
 from qdeploy.recipe import Recipe, TargetRequest
 from qdeploy.samples.source import Sample
 
