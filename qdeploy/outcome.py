@@ -178,6 +178,7 @@ class Outcome:
 
 def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     """Write everything of a bundle but the artifacts, which are there already, and seal it."""
+    from qdeploy.bundle.bom import write_bom
     from qdeploy.bundle.manifest import seal
     from qdeploy.report.contents import read_contents
     from qdeploy.report.page import render
@@ -199,7 +200,9 @@ def write_bundle(outcome: Outcome, bundle: Path) -> Report:
     (bundle / "recipe.toml").write_text(outcome.recipe.as_toml(bundle), "utf-8")
     (bundle / "report.json").write_text(report.text(), "utf-8")
     (bundle / "report.html").write_text(render(read_contents(bundle)), "utf-8")
-    seal(bundle, _manifest(outcome))
+    manifest = _manifest(outcome)
+    write_bom(bundle, outcome.model.name, manifest)
+    seal(bundle, manifest)
     return report
 
 

@@ -131,6 +131,7 @@ def test_a_bundle_holds_all_that_was_promised_and_nothing_else(bundle):
     path, _ = bundle
 
     assert files(path) == [
+        "bom.cdx.json",
         "bundle.json",
         "calibration/ort-cpu.json",
         "calibration/statistics.npz",
@@ -617,6 +618,7 @@ def test_a_run_without_any_target_that_can_be_built_has_a_report_all_the_same(pl
     assert report.reference.metric is None
     assert report.reference.latency_ms is None
     assert files(tmp_path / "out") == [
+        "bom.cdx.json",
         "bundle.json",
         "float/model.onnx",
         "golden/inputs.npz",
