@@ -72,7 +72,7 @@ def _print_engines() -> None:
         with tempfile.TemporaryDirectory(prefix="qdeploy-") as name:
             folder = Path(name)
             model = network.prepared(folder)
-            statistics = collect(model, [Sample(network.sample)], workers=1)
+            statistics = collect(model, [Sample(network.sample)], threads=1)
             rows += [_engine_row(network, model, statistics, each, folder / each) for each in PRECISIONS]
     titles = (
         "Network",
@@ -181,7 +181,7 @@ def _print_latency() -> None:
         with tempfile.TemporaryDirectory(prefix="qdeploy-") as name:
             folder = Path(name)
             model = network.prepared(folder)
-            statistics = collect(model, [Sample(network.sample)], workers=1)
+            statistics = collect(model, [Sample(network.sample)], threads=1)
             for precision in PRECISIONS:
                 request = TargetRequest("tensorrt", precision, {})
                 (job,) = look_up(Recipe(network.source, (request,)))

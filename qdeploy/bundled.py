@@ -30,6 +30,7 @@ from qdeploy.pipeline import against_float, find_metric
 from qdeploy.progress import SILENT, Progress
 from qdeploy.recipe import Recipe
 from qdeploy.session import SessionRunner
+from qdeploy.workers import Workers
 
 if TYPE_CHECKING:
     from qdeploy.report.schema import Report
@@ -77,20 +78,34 @@ def open_target(path: Path, target: str | None = None) -> Runner:
     return job.backend.open(artifact, job.options)
 
 
-def compare_bundle(recipe: Recipe, path: Path, target: str | None = None, progress: Progress = SILENT) -> Report:
-    """Compare a bundle's targets with its float model on other data, without timing them or writing anything."""
+def compare_bundle(
+    recipe: Recipe,
+    path: Path,
+    target: str | None = None,
+    progress: Progress = SILENT,
+    workers: Workers | None = None,
+) -> Report:
+    """Compare a bundle's targets with its float model on other data, without timing them or writing anything.
+
+    Args:
+        recipe: Its data and its metric.
+        path: The bundle.
+        target: Only this folder, or this backend's; None for all.
+        progress: Told of the step.
+        workers: Who shares the samples; None for this process alone. The report does not depend on it.
+
+    Raises:
+        InputError: The bundle is damaged or has no such target, or the recipe or its data are wrong.
+        UnavailableError: This machine cannot run a target, or workers died again and again.
+    """
     model, opened = open_bundled(path, target)
     metric = find_metric(recipe.metric)
     loaded = load(recipe.source)
     samples = checked_data(open_data(recipe, loaded), model, [])
     metric = metric_for(metric, recipe.max_drop, samples.evaluation)
     built = [Built(job, artifact, artifact, None, ()) for job, artifact in opened]
-    subjects = [each.subject() for each in built]
-    compared = against_float(model, subjects, samples, metric, progress)
-    measured = [
-        Measured(each, subject.runner.evidence, compared[subject.folder], None, None)
-        for each, subject in zip(built, subjects, strict=True)
-    ]
+    compared = against_float(recipe, model, built, samples, metric, progress, workers)
+    measured = [Measured(each, each.subject().runner.evidence, compared[each.job.folder], None, None) for each in built]
     lookups: list[Job | Unavailable] = [job for job, _ in opened]
     return make_report(Outcome(recipe, loaded, model, None, samples, metric, lookups, measured))
 

@@ -7,13 +7,11 @@ machines, each count a share of the samples in the same way, and what they count
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from itertools import zip_longest
 from queue import SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,12 @@ from qdeploy.counting import Tally
 from qdeploy.errors import InputError
 from qdeploy.graph import load_graph, observed_tensors
 from qdeploy.model import FloatModel
+from qdeploy.samples.shares import Share, interleaved, require_same
 from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.samples.warnings import practice_warnings, sample_digest
 from qdeploy.session import open_session
 from qdeploy.statistics import Statistics, TensorStatistics, values_of
-from qdeploy.workers import Luggage, Workers
+from qdeploy.workers import PackedModel, Workers
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -44,7 +43,7 @@ def collect(
     model: FloatModel,
     samples: Iterable[Sample],
     *,
-    workers: int = 0,
+    threads: int = 0,
     on_sample: Callable[[], None] = lambda: None,
 ) -> Statistics:
     """Run every sample through the model and count the values of every observed tensor.
@@ -52,13 +51,13 @@ def collect(
     Args:
         model: A prepared model.
         samples: Checked against the model's inputs; iterated once.
-        workers: Samples that run side by side; 0 for one a core. The result does not depend on it.
+        threads: Samples that run side by side; 0 for one a core. The result does not depend on it.
         on_sample: Called after each sample.
 
     Raises:
         InputError: There are no samples, or the model fails on one of them.
     """
-    return _statistics(model, [_count(model, samples, workers or os.cpu_count() or 1, on_sample)])
+    return _statistics(model, [_count(model, samples, threads or os.cpu_count() or 1, on_sample)])
 
 
 def collect_shared(
@@ -79,8 +78,10 @@ def collect_shared(
         InputError: There are no samples, they differ from pass to pass, or the model fails on one of them.
         UnavailableError: Workers died again and again.
     """
-    task = _Counting(Luggage.of(model, workers), source, workers.count, workers.threads)
-    return _statistics(model, workers.run(task, on_sample))
+    task = _Counting(PackedModel.of(model, workers), source, workers.count, workers.threads)
+    counted, seen = zip(*workers.run(task, on_sample), strict=True)
+    require_same(seen)
+    return _statistics(model, counted)
 
 
 _Pass = tuple[str, list[int], NDArray[np.int32]]
@@ -88,55 +89,38 @@ _Pass = tuple[str, list[int], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Counted:
     """What was counted of some of the samples.
 
     Attributes:
         tensors: By name; none if there were no samples.
         passes: In the samples' order.
-        seen: Digest of all samples in their order; empty where the worker read its own only.
     """
 
     tensors: Mapping[str, TensorStatistics]
     passes: tuple[_Pass, ...]
-    seen: str = ""
 
 
 @dataclass(frozen=True)
 class _Counting:
-    """The task of a worker: of `shares` samples that follow one another, to count one."""
+    """The task of a worker: of `shares` samples that follow one another, to count one; and what it has seen of all."""
 
-    luggage: Luggage
+    model: PackedModel
     source: Callable[[FloatModel], SampleSource]
     shares: int
     threads: int
 
-    def __call__(self, share: int, on_sample: Callable[[], None]) -> _Share:
-        with self.luggage.unpacked() as model:
-            source = self.source(model)
-            if source.pick is not None and source.size is not None:
-                own = source.pick(slice(share, None, self.shares)) if share < source.size else ()
-                return _count(model, own, self.threads, on_sample)
-            seen = hashlib.sha256()
-            found = _count(model, self._own(source, share, seen), self.threads, on_sample)
-            return replace(found, seen=seen.hexdigest())
-
-    def _own(self, source: SampleSource, share: int, seen: hashlib._Hash) -> Iterator[Sample]:
-        """The share's samples where all must be read; `seen` takes note of each."""
-        for position, sample in enumerate(source):
-            seen.update(sample_digest(sample.inputs).encode())
-            if position % self.shares == share:
-                yield sample
+    def __call__(self, share: int, on_sample: Callable[[], None]) -> tuple[_Counted, str]:
+        with self.model.unpacked() as model:
+            own = Share(self.source(model), share, self.shares)
+            return _count(model, own, self.threads, on_sample), own.seen
 
 
-def _statistics(model: FloatModel, shares: Sequence[_Share]) -> Statistics:
-    """What all shares come to; share i of n has the samples i, i + n, i + 2n and so on."""
-    passes = [each for group in zip_longest(*(share.passes for share in shares)) for each in group if each is not None]
+def _statistics(model: FloatModel, shares: Sequence[_Counted]) -> Statistics:
+    """What all shares come to."""
+    passes = [*interleaved([share.passes for share in shares])]
     if not passes:
         raise InputError("There are no calibration samples.", "Give a source that yields at least one.")
-    if len({share.seen for share in shares}) > 1:
-        what = "The calibration samples differ from pass to pass, so that they cannot be shared among workers."
-        raise InputError(what, "Yield the same ones in the same order (seed what is random), or leave out --workers.")
     counted = [share.tensors for share in shares if share.passes]
     tensors = {name: reduce(TensorStatistics.merge, [each[name] for each in counted]) for name in counted[0]}
     digests = [digest for digest, _, _ in passes]
@@ -146,35 +130,35 @@ def _statistics(model: FloatModel, shares: Sequence[_Share]) -> Statistics:
     return Statistics(model.digest, tuple(sorted(digests)), tensors, notes)
 
 
-def _count(model: FloatModel, samples: Iterable[Sample], threads: int, on_sample: Callable[[], None]) -> _Share:
+def _count(model: FloatModel, samples: Iterable[Sample], threads: int, on_sample: Callable[[], None]) -> _Counted:
     """Count all of these samples, so many side by side."""
     axes = observed_tensors(load_graph(model.path))
     present = {spec.name for spec in (*model.inputs, *model.outputs)}
     session = open_session(model.path, threads=1, observed=[name for name in axes if name not in present])
-    idle: SimpleQueue[_Worker] = SimpleQueue()
+    idle: SimpleQueue[_Thread] = SimpleQueue()
     tallies = _Tallies(axes)
     for _ in range(threads):
-        idle.put(_Worker(session, tallies))
+        idle.put(_Thread(session, tallies))
     passes = tuple(_run(samples, idle, threads, on_sample))
-    return _Share(tallies.statistics(), passes)
+    return _Counted(tallies.statistics(), passes)
 
 
 def _run(
-    samples: Iterable[Sample], idle: SimpleQueue[_Worker], workers: int, on_sample: Callable[[], None]
+    samples: Iterable[Sample], idle: SimpleQueue[_Thread], threads: int, on_sample: Callable[[], None]
 ) -> Iterator[_Pass]:
     """What each sample left, in the samples' order; only a few samples are in flight at a time."""
 
-    def task(worker: _Worker, sample: Sample) -> _Pass:
+    def task(thread: _Thread, sample: Sample) -> _Pass:
         try:
-            return worker.run(sample)
+            return thread.run(sample)
         finally:
-            idle.put(worker)
+            idle.put(thread)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         futures: list[Future[_Pass]] = []
         running: set[Future[_Pass]] = set()
         for sample in samples:
-            if len(running) == workers:
+            if len(running) == threads:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
@@ -188,7 +172,7 @@ def _run(
 
 
 class _Tallies:
-    """Of all observed tensors, shared by the workers, of whom one at a time counts the same tensor."""
+    """Of all observed tensors, shared by the threads, of which one at a time counts the same tensor."""
 
     def __init__(self, axes: Mapping[str, int | None]) -> None:
         self._axes = axes
@@ -214,7 +198,7 @@ class _Tallies:
         return {name: self._tallies[name].statistics() for name in self._axes if name in self._tallies}
 
 
-class _Worker:
+class _Thread:
     """Runs samples through the shared session, into the shared tallies."""
 
     def __init__(self, session: onnxruntime.InferenceSession, tallies: _Tallies) -> None:

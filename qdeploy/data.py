@@ -33,15 +33,14 @@ def open_data(recipe: Recipe, loaded: LoadedModel) -> Samples:
     require_inputs(recipe.states, loaded.input_names)
     states = States(recipe.states, _known_inputs(loaded))
 
-    def source(data: Any, limit: int | None) -> SampleSource:
-        return remembering(_opening(recipe, loaded, data, limit).open())
-
-    calibration = source(recipe.calibration, recipe.samples) if recipe.calibration is not None else None
+    opening = _opening(recipe, loaded, recipe.calibration, recipe.samples)
+    calibration = None if recipe.calibration is None else remembering(opening.open())
     if recipe.evaluation is not None:
-        return Samples(calibration, source(recipe.evaluation, None), "", states)
+        opening = _opening(recipe, loaded, recipe.evaluation, None)
+        return Samples(calibration, remembering(opening.open()), "", states, _elsewhere(opening))
     if calibration is not None:
         remark = "Measured on the calibration samples, for want of evaluation data."
-        return Samples(calibration, calibration, remark, states)
+        return Samples(calibration, calibration, remark, states, _elsewhere(opening))
     if not loaded.examples:
         raise InputError("There is no data to compare on.", "Give --evaluation DATA.")
     sample = Sample(loaded.examples, origin="the example inputs")
@@ -55,6 +54,11 @@ def _opening(recipe: Recipe, loaded: LoadedModel, data: Any, limit: int | None) 
     return Opening(data, names, dict(loaded.ranks), recipe.preprocessing, limit, tuple(recipe.states))
 
 
+def _elsewhere(opening: Opening) -> Callable[[], SampleSource] | None:
+    """Opens the samples in another process; None for what only this one has, or must read in order for its states."""
+    return opening.open if isinstance(opening.data, str | PathLike) and not opening.states else None
+
+
 def _known_inputs(loaded: LoadedModel) -> tuple[TensorSpec, ...]:
     """What is known of the inputs before the export: what the user said of them, or else the examples."""
     examples = (TensorSpec(name, array.dtype.name, array.shape) for name, array in loaded.examples.items())
@@ -66,7 +70,12 @@ def checked_data(samples: Samples, model: FloatModel, jobs: list[Job]) -> Sample
     states = states_of(samples.states.outputs, model)
     needed = any(job.sampled for job in jobs)
     calibration = calibration_samples(samples.calibration, states, model) if samples.calibration and needed else None
-    return Samples(calibration, checked(samples.evaluation, states.plain, states.fed), samples.remark, states)
+    evaluation, opened = checked(samples.evaluation, states.plain, states.fed), samples.open_evaluation
+    return Samples(calibration, evaluation, samples.remark, states, opened and partial(_checked, opened, states.plain))
+
+
+def _checked(opened: Callable[[], SampleSource], inputs: tuple[TensorSpec, ...]) -> SampleSource:
+    return checked(opened(), inputs)
 
 
 def calibration_samples(samples: SampleSource, states: States, model: FloatModel) -> SampleSource:

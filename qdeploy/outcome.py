@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -139,12 +139,14 @@ class Samples:
         evaluation: To measure with, as the user gave them: states may be missing.
         remark: What the reader of the report must know of the evaluation samples; may be empty.
         states: What the model carries from sample to sample.
+        open_evaluation: Opens the evaluation samples in another process; None where only this one can.
     """
 
     calibration: SampleSource | None
     evaluation: SampleSource
     remark: str
     states: States
+    open_evaluation: Callable[[], SampleSource] | None = None
 
     def complete(self, model: FloatModel) -> SampleSource:
         """The evaluation samples with every state, as FP32 makes them: each can be run by itself."""

@@ -35,6 +35,7 @@ from qdeploy.outcome import (
 from qdeploy.parity import harness
 from qdeploy.parity.compare import Comparison
 from qdeploy.parity.metrics import Metric, metric_from_callable, metric_from_name
+from qdeploy.parity.shared import PackedTarget, against_float_shared
 from qdeploy.plan import Learned, kept_nodes
 from qdeploy.prepare import prepare
 from qdeploy.progress import SILENT, Progress, in_parts
@@ -67,7 +68,7 @@ def run(
         output: The bundle to write.
         force: Replace an earlier one.
         progress: Told of each step.
-        workers: Who shares the calibration samples; None for this process alone. The bundle does not depend on it.
+        workers: Who shares the samples; None for this process alone. What is found does not depend on it.
 
     Raises:
         InputError: The recipe, or something that it names, is wrong.
@@ -121,7 +122,7 @@ def run(
                     raise  # nothing else was asked for
                 shutil.rmtree(bundle / job.folder)
                 lookups[place] = Unavailable(TargetRequest(job.backend.name, job.precision), str(error))
-        measured = measure(model, built, samples, metric, progress, recipe.max_drop)
+        measured = measure(recipe, model, built, samples, metric, progress, workers)
         outcome = Outcome(recipe, loaded, model, statistics, samples, metric, lookups, measured, notes)
         with progress.step("Writing the bundle"):
             return write_bundle(outcome, bundle)
@@ -280,16 +281,17 @@ def _check_targets(lookups: list[Job | Unavailable], model: FloatModel) -> None:
 
 
 def measure(
+    recipe: Recipe,
     model: FloatModel,
     built: list[Built],
     samples: Samples,
     metric: Metric | None,
     progress: Progress,
-    max_drop: float | None,
+    workers: Workers | None,
 ) -> list[Measured]:
     """Every target against FP32, against its own QDQ graph, and for speed; what it loses beyond its budget."""
+    compared = against_float(recipe, model, built, samples, metric, progress, workers)
     subjects = [each.subject() for each in built]
-    compared = against_float(model, subjects, samples, metric, progress)
     complete = samples.complete(model)
     first = next(iter(complete))
     measured = []
@@ -298,7 +300,7 @@ def measure(
         with progress.step(f"Timing {subject.folder}"):
             times = harness.latency(subject, first)
         comparison = compared[subject.folder]
-        remaining = _remaining(each, comparison, max_drop, progress)
+        remaining = _remaining(each, comparison, recipe.max_drop, progress)
         measured.append(Measured(each, subject.runner.evidence, comparison, stray, times, remaining))
     return measured
 
@@ -315,12 +317,26 @@ def _remaining(built: Built, comparison: Comparison, max_drop: float | None, pro
 
 
 def against_float(
-    model: FloatModel, subjects: list[harness.Subject], samples: Samples, metric: Metric | None, progress: Progress
+    recipe: Recipe,
+    model: FloatModel,
+    built: list[Built],
+    samples: Samples,
+    metric: Metric | None,
+    progress: Progress,
+    workers: Workers | None,
 ) -> dict[str, Comparison]:
-    """Every target against FP32 on the evaluation samples, by folder."""
-    evaluation = samples.evaluation
+    """Every target against FP32 on the evaluation samples, by folder; shared where workers can open and score them."""
+    evaluation, opened = samples.evaluation, samples.open_evaluation
     with progress.step("Comparing with FP32", evaluation.size) as advance:
-        return harness.against_float(model.path, subjects, evaluation, metric, advance, samples.states)
+        if workers is None or opened is None or callable(recipe.metric):
+            subjects = [each.subject() for each in built]
+            return harness.against_float(model.path, subjects, evaluation, metric, advance, samples.states)
+        packed = {
+            each.job.folder: PackedTarget.of(each.job.backend, each.artifact, each.job.options, workers)
+            for each in built
+        }
+        make_metric = partial(find_metric, recipe.metric or (metric.name if metric else None))
+        return against_float_shared(model, packed, opened, make_metric, workers, advance)
 
 
 def _given_statistics(recipe: Recipe, jobs: list[Job]) -> Statistics | None:
@@ -364,4 +380,10 @@ def _searching(recipe: Recipe, samples: Samples, metric: Metric | None) -> tuple
     searched, judged = (half(samples.evaluation, which) for which in (0, 1))
     remark = "Steps were searched on half of the evaluation samples; the figures are of the other half."
     remark = " ".join(filter(None, (samples.remark, remark)))
-    return replace(samples, evaluation=judged, remark=remark), Search(searched, metric, recipe.max_drop)
+    judged_elsewhere = samples.open_evaluation and partial(_second_half, samples.open_evaluation)
+    judged_samples = replace(samples, evaluation=judged, remark=remark, open_evaluation=judged_elsewhere)
+    return judged_samples, Search(searched, metric, recipe.max_drop)
+
+
+def _second_half(opened: Callable[[], SampleSource]) -> SampleSource:
+    return half(opened(), 1)

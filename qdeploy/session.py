@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,18 @@ if TYPE_CHECKING:
 
 GraphLevel = Literal["disable", "basic", "extended", "all"]
 
+_THREADS: ContextVar[int] = ContextVar("threads", default=0)
+
+
+@contextmanager
+def threads_each(count: int) -> Iterator[None]:
+    """Sessions opened meanwhile have so many threads unless told otherwise: for processes that share the cores."""
+    token = _THREADS.set(count)
+    try:
+        yield
+    finally:
+        _THREADS.reset(token)
+
 
 def open_session(
     path: Path,
@@ -34,7 +48,7 @@ def open_session(
 
     Args:
         path: The .onnx file.
-        threads: Threads within an operator; 0 for one a core.
+        threads: Threads within an operator; 0 for one a core, or as many as `threads_each` says.
         graph_level: How far ORT may rewrite the graph. Numerics are compared under "disable", latency under "all".
         optimized: Where ORT writes the graph that it really runs, if asked for.
         observed: Names of further tensors that the session gives as outputs, behind the graph's own.
@@ -49,7 +63,7 @@ def open_session(
     except ModuleNotFoundError as error:
         raise UnavailableError("onnxruntime is not installed.", "Install it: pip install 'qdeploy[cpu]'") from error
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or _THREADS.get()
     options.log_severity_level = 4  # what is an error is raised, too
     options.graph_optimization_level = {
         "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -11,7 +11,7 @@ import pickle
 import signal
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -289,31 +289,51 @@ def hired(count: int | None, ray_address: str | None) -> Iterator[Workers | None
 
 @dataclass(frozen=True)
 class Luggage:
-    """A float model on its way to workers: by its path, and with its files where they may see others.
+    """A folder on its way to workers: by its path, and with its files where they may see others.
 
     Attributes:
-        model: Where it lies here.
-        files: Their contents by name, the model's own first; empty for workers that see the same files.
+        folder: Where it lies here.
+        files: Their contents by name; empty for workers that see the same files.
     """
 
-    model: FloatModel
+    folder: Path
     files: Mapping[str, bytes]
 
     @classmethod
-    def of(cls, model: FloatModel, workers: Workers) -> Luggage:
-        """The model as these workers need it."""
-        paths = model_files(model.path) if workers.far else ()
-        return cls(model, {path.relative_to(model.path.parent).as_posix(): path.read_bytes() for path in paths})
+    def of(cls, folder: Path, paths: Iterable[Path], workers: Workers) -> Luggage:
+        """These files of a folder as the workers need them."""
+        if not workers.far:
+            return cls(folder, {})
+        return cls(folder, {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
 
     @contextmanager
-    def unpacked(self) -> Iterator[FloatModel]:
-        """The model where it can be opened."""
+    def unpacked(self) -> Iterator[Path]:
+        """The folder where its files can be opened."""
         if not self.files:
-            yield self.model
+            yield self.folder
             return
         with TemporaryDirectory(prefix="qdeploy-") as folder:
             for name, content in self.files.items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            yield replace(self.model, path=Path(folder) / self.model.path.name)
+            yield Path(folder)
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A float model on its way to workers."""
+
+    model: FloatModel
+    luggage: Luggage
+
+    @classmethod
+    def of(cls, model: FloatModel, workers: Workers) -> PackedModel:
+        """The model as these workers need it."""
+        return cls(model, Luggage.of(model.path.parent, model_files(model.path), workers))
+
+    @contextmanager
+    def unpacked(self) -> Iterator[FloatModel]:
+        """The model where it can be opened."""
+        with self.luggage.unpacked() as folder:
+            yield replace(self.model, path=folder / self.model.path.name)

@@ -26,7 +26,7 @@ from qdeploy.parity.compare import SampleLike
 from qdeploy.parity.metrics import Difference, Metric, Scorer, difference
 from qdeploy.plan import QuantPlan
 from qdeploy.samples.source import SampleSource
-from qdeploy.workers import Luggage, Workers
+from qdeploy.workers import PackedModel, Workers
 
 PROBE_BYTES = 1 << 29
 """Of weights that the branches of one probe read together: ONNX Runtime may pack a copy for each branch."""
@@ -137,8 +137,8 @@ def sensitivity_shared(
         InputError: As `sensitivity`.
         UnavailableError: Workers died again and again.
     """
-    moved = {name: Luggage.of(plan.model, workers) for name, plan in plans.items()}
-    task = _Probing(plans, moved, Luggage.of(model, workers), source, metric, workers.count, workers.threads)
+    moved = {name: PackedModel.of(plan.model, workers) for name, plan in plans.items()}
+    task = _Probing(plans, moved, PackedModel.of(model, workers), source, metric, workers.count, workers.threads)
     shares = workers.run(task, on_part)
     taken = [shares[place % workers.count][place // workers.count] for place in range(len(_probes(plans)))]
     return _together(plans, taken)
@@ -174,8 +174,8 @@ class _Probing:
     """The task of a worker: every so many of the probes."""
 
     plans: Mapping[str, QuantPlan]
-    moved: Mapping[str, Luggage]
-    luggage: Luggage
+    moved: Mapping[str, PackedModel]
+    model: PackedModel
     source: Callable[[FloatModel], SampleSource]
     metric: Callable[[], Metric | None]
     shares: int
@@ -186,7 +186,7 @@ class _Probing:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="qdeploy-")))
             models = {name: stack.enter_context(each.unpacked()) for name, each in self.moved.items()}
             plans = {name: replace(plan, model=models[name]) for name, plan in self.plans.items()}
-            samples = self.source(stack.enter_context(self.luggage.unpacked()))
+            samples = self.source(stack.enter_context(self.model.unpacked()))
             return [
                 _probed(plans, each, samples, folder, self.metric(), on_part, self.threads)
                 for each in _probes(plans)[share :: self.shares]
@@ -290,7 +290,7 @@ class _Outputs:
         self._broken |= any(each.incomparable for each in self._sums.values())
         if self._metric is not None and labels is not None and not self._broken:
             self._scorer = self._scorer or self._metric.scorer()
-            self._scorer.add(outputs, labels)
+            self._scorer.add(self._metric.measure(outputs, labels))
 
     @property
     def scored(self) -> bool:

@@ -371,11 +371,11 @@ class _Scores:
             return
         self._seen.add(answer.case.sample)
         expected = answer.case.expected
-        self._bundle.add(expected, labels)
+        self._bundle.add(self._metric.measure(expected, labels))
         self._comparable &= all(map(isfinite, answer.off.values()))
         if self._comparable:  # a metric is not to be blamed for what it makes of NaN
             outputs = {name: array.reshape(expected[name].shape) for name, array in answer.outputs.items()}
-            self._server.add(outputs, labels)
+            self._server.add(self._metric.measure(outputs, labels))
 
     def accuracy(self, bundle: Bundle, entry: BundledTarget) -> Accuracy | None:
         """Both figures, and that of the bundle's report; None if no labelled sample was answered."""

@@ -135,7 +135,7 @@ WorkerCount = Annotated[
     typer.Option(
         "--workers",
         metavar="N",
-        help="Share calibration and probes among N processes; the result does not depend on it.",
+        help="Share calibration, probes and evaluation among N processes; the result does not depend on it.",
         show_default="this process alone",
     ),
 ]

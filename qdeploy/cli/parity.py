@@ -15,22 +15,25 @@ if TYPE_CHECKING:
     from qdeploy.recipe import Recipe
 
 
-def parity(
+def parity(  # noqa: PLR0913 - one parameter an option
     bundle: options.BundlePath,
     *,
     evaluation: options.Evaluation = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="Only this target, or this folder.")] = None,
     metric: options.Metric = None,
     max_drop: options.MaxDrop = None,
+    workers: options.WorkerCount = None,
+    ray: options.Ray = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
     """Compare the targets of a bundle with FP32 on this machine, on its golden samples unless others are given."""
     from qdeploy import bundled
+    from qdeploy.workers import hired
 
-    with results() as file:
+    with results() as file, hired(workers, ray) as share:
         recipe = bundle_recipe(bundle, evaluation, metric, max_drop)
-        report = bundled.compare_bundle(recipe, bundle, target, progress(quiet=quiet))
+        report = bundled.compare_bundle(recipe, bundle, target, progress(quiet=quiet), share)
         return give(report, file, as_json=as_json, quiet=quiet)
 
 

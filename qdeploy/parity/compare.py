@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -135,33 +135,78 @@ def compare(
     Raises:
         InputError: There are no samples, only some of them have labels, or the metric cannot be computed.
     """
-    sums: dict[Pair, dict[str, Difference]] = {pair: {} for pair in pairs}
-    scorers: dict[str, Scorer] = {}
-    broken: set[str] = set()
-    items = 0
-    digest = hashlib.sha256()
-    labelled = None
-    for position, sample in enumerate(samples):
+    return summed_up(observations(runners, pairs, samples, metric, on_sample), metric)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is kept of one sample.
+
+    Attributes:
+        fingerprint: Tells it from others, whatever is made of it.
+        items: As many as its batch holds.
+        labelled: Whether it has labels.
+        differences: Of each pair, by output name.
+        measured: What the metric took of each runner. Missing are those whose outputs could not be compared: a metric
+            is not to be blamed for what it makes of NaN.
+    """
+
+    fingerprint: bytes
+    items: int
+    labelled: bool
+    differences: Mapping[Pair, Mapping[str, Difference]]
+    measured: Mapping[str, Scores]
+
+
+def observations(
+    runners: Mapping[str, Runner],
+    pairs: Sequence[Pair],
+    samples: Iterable[SampleLike],
+    metric: Metric | None,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Iterator[Observation]:
+    """What each sample shows; the arguments are those of `compare`."""
+    for sample in samples:
         labels = sample.labels
-        if labelled not in (None, labels is not None):
-            what = f"Sample {position} has {'no labels' if labels is None else 'labels'}, unlike those before it."
-            raise InputError(what, "Give labels for every sample, or for none.")
-        labelled = labels is not None
-        digest.update(_fingerprint(sample))
         outputs = {name: runner.run(sample.inputs) for name, runner in runners.items()}
-        seen = {pair: _differences(pair, outputs) for pair in pairs}
-        sums = {pair: _merged(sums[pair], seen[pair]) for pair in pairs}
+        differences = {pair: _differences(pair, outputs) for pair in pairs}
+        measured = {}
         if metric is not None and labels is not None:
-            # A metric is not to be blamed for what it makes of NaN.
-            broken |= {pair[1] for pair in pairs if any(each.incomparable for each in seen[pair].values())}
-            for name in [name for name in outputs if name not in broken]:
-                scorers.setdefault(name, metric.scorer()).add(outputs[name], labels)
-        items += _items(sample)
+            broken = {pair[1] for pair in pairs if any(each.incomparable for each in differences[pair].values())}
+            measured = {name: metric.measure(outputs[name], labels) for name in outputs if name not in broken}
+        yield Observation(_fingerprint(sample), _items(sample), labels is not None, differences, measured)
         on_sample()
+
+
+def summed_up(observed: Iterable[Observation], metric: Metric | None) -> dict[Pair, Comparison]:
+    """The comparison of each pair over all samples, in their order: sums of floats depend on it.
+
+    Raises:
+        InputError: There are no samples, only some of them have labels, or the metric cannot be computed.
+    """
+    sums: dict[Pair, dict[str, Difference]] = {}
+    scorers: dict[str, Scorer] = {}
+    digest = hashlib.sha256()
+    items = 0
+    labelled = None
+    for position, sample in enumerate(observed):
+        if labelled not in (None, sample.labelled):
+            what = f"Sample {position} has {'labels' if sample.labelled else 'no labels'}, unlike those before it."
+            raise InputError(what, "Give labels for every sample, or for none.")
+        labelled = sample.labelled
+        digest.update(sample.fingerprint)
+        items += sample.items
+        sums = {pair: _merged(sums.get(pair, {}), seen) for pair, seen in sample.differences.items()}
+        if metric is not None:
+            if position == 0:
+                scorers = {name: metric.scorer() for name in sample.measured}
+            scorers = {name: scorer for name, scorer in scorers.items() if name in sample.measured}
+            for name, scorer in scorers.items():
+                scorer.add(sample.measured[name])
     if labelled is None:
         raise InputError("There are no samples to compare on.", "Check the evaluation data.")
-    rows = {name: scorer.rows() for name, scorer in scorers.items() if name not in broken}
-    compared = {pair: _comparison(items, sums[pair], metric, rows.get(pair[0]), rows.get(pair[1])) for pair in pairs}
+    rows = {name: scorer.rows() for name, scorer in scorers.items()}
+    compared = {pair: _comparison(items, sums[pair], metric, rows.get(pair[0]), rows.get(pair[1])) for pair in sums}
     return {pair: replace(each, samples_digest=digest.hexdigest()) for pair, each in compared.items()}
 
 

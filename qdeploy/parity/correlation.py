@@ -12,28 +12,47 @@ from qdeploy.backend import Arrays
 from qdeploy.errors import InputError
 
 Rows = NDArray[np.float64]
-"""A value and its label for each item, shape [items, 2]."""
+"""A value, or an embedding, and its label for each item, shape [items, 2] or [items, width + 1]."""
+
+
+def labelled_values(metric: str, outputs: Arrays, labels: NDArray[Any]) -> Rows:
+    """What a correlation takes of a sample: values of its first output of a fitting form, and the label behind them.
+
+    One number for each item of the batch is the value itself (regression), a vector for each item is an embedding.
+
+    Returns:
+        Shape [items, width + 1].
+    """
+    for name, array in outputs.items():
+        if array.shape[:1] != (labels.size,) or array.ndim > 2 or array.size == 0:
+            continue
+        if not np.isfinite(array).all():
+            what = f"The metric {metric!r} cannot be computed: the output {name!r} holds NaN or infinity."
+            raise InputError(what, "Look into the model, or leave out the samples that lead to them.")
+        return np.column_stack([array.reshape(labels.size, -1), labels.reshape(-1)]).astype(np.float64)
+    shapes = ", ".join(f"{name!r} {list(array.shape)}" for name, array in outputs.items())
+    what = f"The metric {metric!r} needs a number or a vector for each of {labels.size} labels; "
+    what += f"the outputs have the shapes {shapes}."
+    raise InputError(what, "Put the pooling of embeddings into the model, or give a metric of your own.")
 
 
 class Correlated:
-    """Gathers the value that a model gives for each label, as its outputs come.
+    """Gathers the value that a model gives for each label, as its samples come.
 
-    An output with one number for each item of the batch is the value itself (regression). Of an output with a vector
-    for each item (embeddings), items 0 and 1, 2 and 3, … are pairs that share a label, and their cosine is the value.
-    The first output of either form counts. An embedding is held only until its partner has come.
+    Of embeddings, items 0 and 1, 2 and 3, … are pairs that share a label, and their cosine is the value. An embedding
+    is held only until its partner has come.
     """
 
     def __init__(self, metric: str, settle: Callable[[Rows], Rows]) -> None:
         self._metric = metric
         self._settle = settle
         self._rows: list[Rows] = []
-        self._waiting: NDArray[np.float64] | None = None
+        self._waiting: Rows | None = None
 
-    def add(self, outputs: Arrays, labels: NDArray[Any]) -> None:
-        """Take a sample's outputs and its labels."""
-        values = self._values(outputs, labels)
-        rows = np.column_stack([values, labels.reshape(-1)]).astype(np.float64)
-        if values.shape[1] > 1:
+    def add(self, measured: Rows) -> None:
+        """Take the `labelled_values` of a sample."""
+        rows = measured
+        if rows.shape[1] > 2:
             if self._waiting is not None:
                 rows = np.concatenate([self._waiting, rows])
             paired = len(rows) // 2 * 2
@@ -55,20 +74,6 @@ class Correlated:
             what = f"The metric {self._metric!r} needs labels that differ; all are {rows[0, 1]:g}."
             raise InputError(what, "Give more evaluation samples, or another metric.")
         return self._settle(rows)
-
-    def _values(self, outputs: Arrays, labels: NDArray[Any]) -> NDArray[np.float64]:
-        """The output that counts, shape [items, width]."""
-        for name, array in outputs.items():
-            if array.shape[:1] != (labels.size,) or array.ndim > 2 or array.size == 0:
-                continue
-            if not np.isfinite(array).all():
-                what = f"The metric {self._metric!r} cannot be computed: the output {name!r} holds NaN or infinity."
-                raise InputError(what, "Look into the model, or leave out the samples that lead to them.")
-            return array.reshape(labels.size, -1).astype(np.float64)
-        shapes = ", ".join(f"{name!r} {list(array.shape)}" for name, array in outputs.items())
-        what = f"The metric {self._metric!r} needs a number or a vector for each of {labels.size} labels; "
-        what += f"the outputs have the shapes {shapes}."
-        raise InputError(what, "Put the pooling of embeddings into the model, or give a metric of your own.")
 
     def _cosines(self, first: NDArray[np.float64], second: NDArray[np.float64]) -> Rows:
         labels, others = first[:, -1], second[:, -1]

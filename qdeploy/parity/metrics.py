@@ -17,17 +17,17 @@ from qdeploy.affine import sqnr_from_energies
 from qdeploy.backend import Arrays
 from qdeploy.errors import InputError
 from qdeploy.parity.bootstrap import Summarize
-from qdeploy.parity.correlation import Correlated, pearson, places, spearman
+from qdeploy.parity.correlation import Correlated, labelled_values, pearson, places, spearman
 from qdeploy.registry import suggestion
 
 Scores = NDArray[np.float64]
 
 
 class Scorer(Protocol):
-    """Gathers what a metric needs of one model's outputs, sample by sample."""
+    """Gathers what a metric has measured of one model, sample by sample."""
 
-    def add(self, outputs: Arrays, labels: NDArray[Any]) -> None:
-        """Take a sample's outputs and its labels."""
+    def add(self, measured: Scores) -> None:
+        """Take what was measured of a sample."""
 
     def rows(self) -> Scores:
         """What was gathered: scores, shape [items], or rows of several figures, shape [items, ...]."""
@@ -39,11 +39,13 @@ class Metric:
 
     Attributes:
         name: For the report and for messages.
-        scorer: Begins a pass over one model's outputs.
+        measure: From a sample's outputs and labels to what a scorer takes of it; it knows of no other sample.
+        scorer: Begins a pass over one model's samples.
         summarize: From what a scorer gathered to the model's figure, for many draws at once; None for the mean.
     """
 
     name: str
+    measure: Callable[[Arrays, NDArray[Any]], Scores]
     scorer: Callable[[], Scorer]
     summarize: Summarize | None = None
 
@@ -52,22 +54,17 @@ class Metric:
         return float(rows.mean() if self.summarize is None else self.summarize(rows[np.newaxis])[0])
 
 
-class _Mean:
-    """Keeps the scores that a function of outputs and labels gives: one for each item, or one for the batch."""
+class _Scored:
+    """Keeps the scores of items or of batches."""
 
-    def __init__(self, score: Callable[[Arrays, NDArray[Any]], Scores]) -> None:
-        self._score = score
+    def __init__(self) -> None:
         self._parts: list[Scores] = []
 
-    def add(self, outputs: Arrays, labels: NDArray[Any]) -> None:
-        self._parts.append(self._score(outputs, labels))
+    def add(self, measured: Scores) -> None:
+        self._parts.append(measured)
 
     def rows(self) -> Scores:
         return np.concatenate(self._parts)
-
-
-def _mean_of(name: str, score: Callable[[Arrays, NDArray[Any]], Scores]) -> Metric:
-    return Metric(name, partial(_Mean, score))
 
 
 def metric_from_name(name: str) -> Metric:
@@ -89,7 +86,7 @@ def metric_from_callable(function: Callable[[Arrays, NDArray[Any]], Any], name: 
         name: What to call it; empty for the function's own name.
     """
     name = name or getattr(function, "__name__", type(function).__name__)
-    return _mean_of(name, partial(_call, function, name))
+    return Metric(name, partial(_call, function, name), _Scored)
 
 
 def _call(function: Callable[[Arrays, NDArray[Any]], Any], name: str, outputs: Arrays, labels: NDArray[Any]) -> Scores:
@@ -139,9 +136,11 @@ def _class_labels(metric: str, labels: NDArray[Any]) -> NDArray[np.int64]:
 
 
 _METRICS = {
-    **{f"top{k}": _mean_of(f"top{k}", partial(_top_k, k)) for k in (1, 5)},
-    "pearson": Metric("pearson", partial(Correlated, "pearson", np.asarray), pearson),
-    "spearman": Metric("spearman", partial(Correlated, "spearman", places), spearman),
+    **{f"top{k}": Metric(f"top{k}", partial(_top_k, k), _Scored) for k in (1, 5)},
+    **{
+        name: Metric(name, partial(labelled_values, name), partial(Correlated, name, settle), correlation)
+        for name, settle, correlation in (("pearson", np.asarray, pearson), ("spearman", places, spearman))
+    },
 }
 
 

@@ -47,7 +47,7 @@ def open_array_folder(
     return SampleSource(
         description=f"arrays in {found.name} ({found.contents(len(picked))})",
         stream=partial(read, places),
-        pick=lambda part: read(places[part]),
+        pick=lambda part: read([places[i] for i in part]),
         size=len(picked),
         class_names=found.classes,
     )

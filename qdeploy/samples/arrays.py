@@ -80,7 +80,7 @@ def open_arrays(
     return SampleSource(
         description=f"arrays in {path.name} ({how_many(len(picked), count, 'samples')})",
         stream=partial(read, picked),
-        pick=lambda part: read(picked[part]),
+        pick=lambda part: read([picked[i] for i in part]),
         size=len(picked),
     )
 

@@ -131,7 +131,7 @@ def open_audio(
     return SampleSource(
         description=f"audio in {clips.name} ({count} of {clips.contents(len(clips.files))})",
         stream=partial(read, picked),
-        pick=lambda part: read(picked[part]),
+        pick=lambda part: read([picked[i] for i in part]),
         size=len(picked),
         preprocessing=windows,
         class_names=clips.classes,

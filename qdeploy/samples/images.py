@@ -43,7 +43,7 @@ def open_images(
     return SampleSource(
         description=f"images in {images.name} ({images.contents(len(picked))})",
         stream=partial(read, places),
-        pick=lambda part: read(places[part]),
+        pick=lambda part: read([places[i] for i in part]),
         size=len(picked),
         preprocessing=preprocessing,
         class_names=images.classes,

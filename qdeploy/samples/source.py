@@ -48,7 +48,7 @@ class SampleSource:
         size: How many samples a pass yields, or None when only a pass can tell.
         preprocessing: What is done to raw files, or None if they are taken as they are.
         class_names: The class sub-folders of a folder of samples, sorted; otherwise empty.
-        pick: Streams the samples at some places and reads no others; None where the others must be read, too.
+        pick: Streams the samples at these places and reads no others; None where the others must be read, too.
     """
 
     description: str
@@ -56,7 +56,7 @@ class SampleSource:
     size: int | None = None
     preprocessing: RawForm | None = None
     class_names: tuple[str, ...] = ()
-    pick: Callable[[slice], Iterator[Sample]] | None = None
+    pick: Callable[[Sequence[int]], Iterator[Sample]] | None = None
 
     def __iter__(self) -> Iterator[Sample]:
         return self.stream()
@@ -64,9 +64,15 @@ class SampleSource:
 
 def half(source: SampleSource, which: int) -> SampleSource:
     """The first or the second half (0 or 1) of a source's samples, which take turns of two: pairs stay together."""
-    size = None if source.size is None else sum(_is_in_half(index, which) for index in range(source.size))
-    description = f"{source.description}, every other two from {'the first' if which == 0 else 'the third'} on"
-    return replace(source, stream=partial(_half, source, which), size=size, description=description, pick=None)
+    places = None if source.size is None else [index for index in range(source.size) if _is_in_half(index, which)]
+    pick = source.pick
+    return replace(
+        source,
+        stream=partial(_half, source, which),
+        size=None if places is None else len(places),
+        description=f"{source.description}, every other two from {'the first' if which == 0 else 'the third'} on",
+        pick=None if pick is None or places is None else lambda part: pick([places[i] for i in part]),
+    )
 
 
 def _half(source: SampleSource, which: int) -> Iterator[Sample]:

@@ -72,7 +72,7 @@ def samples_for(model, number=8, seed=0):
 def quantized_model(model, contract, folder, keep=()):
     """A prepared model, quantized under a contract with the extremes of random samples."""
     (folder / "quantized").mkdir()
-    statistics = collect(model, samples_for(model), workers=1)
+    statistics = collect(model, samples_for(model), threads=1)
     return quantize(plan(model, statistics, contract, MinMax(), keep), folder / "quantized")
 
 

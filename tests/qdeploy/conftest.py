@@ -118,7 +118,7 @@ def planned(contract, random_samples):
     """Plans a prepared model from the extremes of its samples, with random ones unless given."""
 
     def make(model, samples=None, *, rules=contract, keep=()):
-        statistics = collect(model, random_samples(model) if samples is None else samples, workers=1)
+        statistics = collect(model, random_samples(model) if samples is None else samples, threads=1)
         return plan(model, statistics, rules, MinMax(), keep)
 
     return make

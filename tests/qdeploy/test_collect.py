@@ -57,7 +57,7 @@ def values_of_tensors(run_onnx, model, samples, names, path):
 def test_figures_equal_numpys_over_all_samples(network, run_onnx, tmp_path, statistics_of):
     samples = samples_of((1, 3, 5, 6), (2, 3, 5, 6), (1, 3, 8, 6), (1, 3, 8, 6), (1, 3, 5, 6))
 
-    found = collect(network, samples, workers=2)
+    found = collect(network, samples, threads=2)
 
     assert found.model_digest == network.digest
     assert found.samples == 5
@@ -81,14 +81,14 @@ def saved(statistics, path):
     return path.read_bytes()
 
 
-def test_workers_and_the_order_of_samples_do_not_matter(network, tmp_path):
+def test_threads_and_the_order_of_samples_do_not_matter(network, tmp_path):
     samples = samples_of(*[(1, 3, 5, 6)] * 7, *[(2, 3, 8, 6)] * 6)
-    one = collect(network, samples, workers=1)
+    one = collect(network, samples, threads=1)
 
     others = [
-        collect(network, samples, workers=3),
-        collect(network, samples[::-1], workers=1),
-        collect(network, samples[::2] + samples[1::2], workers=2),
+        collect(network, samples, threads=3),
+        collect(network, samples[::-1], threads=1),
+        collect(network, samples[::2] + samples[1::2], threads=2),
     ]
 
     assert saved(others[0], tmp_path / "other") == saved(one, tmp_path / "one")
@@ -110,10 +110,10 @@ def test_two_halves_merge_into_the_whole(network, tmp_path):
 
 def test_the_tables_may_be_emptied_in_between(network, monkeypatch, tmp_path):
     samples = samples_of(*[(1, 3, 5, 6)] * 9)
-    expected = saved(collect(network, samples, workers=2), tmp_path / "expected")
+    expected = saved(collect(network, samples, threads=2), tmp_path / "expected")
     monkeypatch.setattr(counting, "FLUSH_AFTER", 100)
 
-    assert saved(collect(network, samples, workers=2), tmp_path / "found") == expected
+    assert saved(collect(network, samples, threads=2), tmp_path / "found") == expected
 
 
 def test_infinities_within_the_network_are_counted_left_out_and_warned_of(build, node, normal_form):
@@ -143,7 +143,7 @@ def test_masks_are_counted_as_they_are(build, node, normal_form):
     model = normal_form(build(nodes, inputs, {"a": [2, 4], "b": [2, 4]}, weights))
     mask = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
 
-    found = collect(model, [Sample({"m": mask, "x": floats(2, 4)}) for _ in range(3)], workers=2)
+    found = collect(model, [Sample({"m": mask, "x": floats(2, 4)}) for _ in range(3)], threads=2)
 
     assert found.tensors["finite"].minimum == float(np.float32(-3e38))
     assert (found.tensors["finite"].count, found.tensors["finite"].non_finite) == (24, 0)
@@ -160,7 +160,7 @@ def test_shapes_that_depend_on_the_values(build, node, normal_form, statistics_o
     model = normal_form(build(nodes, {"x": [4, 4]}, {"out": ["n"]}))
     arrays = [np.where(RANDOM.random((4, 4)) < share, floats(4, 4), 0) for share in (0.3, 0.3, 0.9, 0.0, 0.6, 1.0)]
 
-    found = collect(model, [Sample({"x": array.astype(np.float32)}) for array in arrays], workers=1)
+    found = collect(model, [Sample({"x": array.astype(np.float32)}) for array in arrays], threads=1)
 
     chosen = np.concatenate([array[array != 0] for array in arrays])
     np.testing.assert_array_equal(found.tensors["chosen"].histogram, statistics_of(chosen).histogram)
@@ -202,7 +202,7 @@ def test_an_input_that_is_also_an_output(build, node, normal_form):
     samples = samples_of(*[(1, 2)] * 4, name="x")
     before = [sample.inputs["x"].copy() for sample in samples]
 
-    found = collect(model, samples, workers=1)
+    found = collect(model, samples, threads=1)
 
     for sample, copy in zip(samples, before, strict=True):
         np.testing.assert_array_equal(sample.inputs["x"], copy)
@@ -212,7 +212,7 @@ def test_an_input_that_is_also_an_output(build, node, normal_form):
 def test_a_model_with_nothing_to_observe(build, node, normal_form):
     model = normal_form(build([node("Cos", "x", "out")], {"x": [2]}, {"out": [2]}))
 
-    found = collect(model, samples_of(*[(2,)] * 12, name="x"), workers=2)
+    found = collect(model, samples_of(*[(2,)] * 12, name="x"), threads=2)
 
     assert (dict(found.tensors), found.samples) == ({}, 12)
 
@@ -221,7 +221,7 @@ def test_the_samples_themselves_are_not_changed(network):
     samples = samples_of(*[(1, 3, 5, 6)] * 4)
     before = [sample.inputs["image"].copy() for sample in samples]
 
-    collect(network, samples, workers=1)
+    collect(network, samples, threads=1)
 
     for sample, copy in zip(samples, before, strict=True):
         np.testing.assert_array_equal(sample.inputs["image"], copy)
@@ -242,7 +242,7 @@ def test_a_sample_that_the_model_fails_on_is_named(build, node, normal_form):
         samples = [Sample({"ids": np.array([i])}, origin=f"sample {n} of ids.npz") for n, i in enumerate(ids)]
 
         with pytest.raises(InputError, match=rf"The model fails on sample {position} of ids.npz: .*99"):
-            collect(model, samples, workers=1)
+            collect(model, samples, threads=1)
 
 
 def test_what_a_sample_source_raises_comes_through(network):
@@ -251,13 +251,13 @@ def test_what_a_sample_source_raises_comes_through(network):
         raise InputError("The second image is torn.", "Take another.")
 
     with pytest.raises(InputError, match="The second image is torn"):
-        collect(network, broken(), workers=2)
+        collect(network, broken(), threads=2)
 
 
 def test_every_sample_is_announced(network):
     announced = []
 
-    collect(network, samples_of(*[(1, 3, 5, 6)] * 9), workers=2, on_sample=lambda: announced.append(1))
+    collect(network, samples_of(*[(1, 3, 5, 6)] * 9), threads=2, on_sample=lambda: announced.append(1))
 
     assert len(announced) == 9
 
@@ -289,7 +289,7 @@ def sigmoid(build, node, normal_form):
 def test_ranges_that_still_grow_at_the_end_are_warned_of(sigmoid, workers):
     samples = growing([0.0, *np.linspace(0.5, 1.0, 17), 1.0, 1.06])
 
-    notes = collect(sigmoid, samples, workers=workers).notes
+    notes = collect(sigmoid, samples, threads=workers).notes
 
     # The input's range grows by 6 %; the sigmoid's, from 0.5 … 0.731 to 0.5 … 0.743, by 5.1 %.
     warning = "The ranges of 2 of 2 tensors still grew by more than 5 % over the last 2 of 20 samples: use more."
@@ -323,16 +323,16 @@ def test_slow_workers_change_nothing(network, monkeypatch, workers):
     """Samples may be counted in any order."""
     random = np.random.default_rng(0)
     samples = [Sample({"image": random.normal(size=(1, 3, 8, 6)).astype(np.float32)}) for _ in range(12)]
-    wanted = collect(network, samples, workers=1)
-    inner = COLLECTING._Worker.run
+    wanted = collect(network, samples, threads=1)
+    inner = COLLECTING._Thread.run
 
     def slow_at_first(worker, sample):
         if sample is samples[0]:
             threading.Event().wait(0.1)
         return inner(worker, sample)
 
-    monkeypatch.setattr(COLLECTING._Worker, "run", slow_at_first)
-    found = collect(network, samples, workers=workers)
+    monkeypatch.setattr(COLLECTING._Thread, "run", slow_at_first)
+    found = collect(network, samples, threads=workers)
 
     assert [*found.tensors] == [*wanted.tensors]
     assert found.notes == wanted.notes
@@ -347,12 +347,12 @@ def test_memory_does_not_grow_with_the_number_of_samples(network):
         for _ in range(number):
             yield Sample({"image": random.normal(size=(1, 3, 64, 6)).astype(np.float32)})
 
-    collect(network, stream(3), workers=2)
+    collect(network, stream(3), threads=2)
 
     def peak(number):
         tracemalloc.start()
         try:
-            collect(network, stream(number), workers=2)
+            collect(network, stream(number), threads=2)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

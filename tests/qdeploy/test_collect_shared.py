@@ -180,7 +180,7 @@ def test_samples_that_differ_from_pass_to_pass_are_refused(name, calibrated, cal
         calibrated(callables(name), InTurn(2))
 
     assert str(caught.value) == (
-        "The calibration samples differ from pass to pass, so that they cannot be shared among workers. "
+        "The samples differ from pass to pass, so that they cannot be shared among workers. "
         "Yield the same ones in the same order (seed what is random), or leave out --workers."
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qdeploy.errors import InputError, InternalError, UnavailableError
-from qdeploy.workers import Luggage, Processes, hired, ray_cluster
+from qdeploy.workers import PackedModel, Processes, hired, ray_cluster
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,10 @@ def test_a_model_travels_with_all_of_its_files(build, node, tmp_path):
     proto = onnx.load(model.path)
     onnx.save(proto, model.path, save_as_external_data=True, location="weights.bin", size_threshold=0)
 
-    luggage = Luggage.of(model, Far(2))
+    packed = PackedModel.of(model, Far(2))
 
-    assert set(luggage.files) == {model.path.name, "weights.bin"}
-    with luggage.unpacked() as there:
+    assert set(packed.luggage.files) == {model.path.name, "weights.bin"}
+    with packed.unpacked() as there:
         assert there.path != model.path
         assert there.digest == model.digest
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(onnx.load(there.path).graph.initializer[0]), weight)
@@ -218,11 +218,11 @@ def test_a_model_travels_with_all_of_its_files(build, node, tmp_path):
 def test_a_model_stays_where_workers_see_it(build, node):
     model = build([node("Relu", "x", "y")], {"x": [1]}, {"y": [1]})
 
-    luggage = Luggage.of(model, Processes(2))
+    packed = PackedModel.of(model, Processes(2))
 
-    assert luggage.files == {}
-    with luggage.unpacked() as there:
-        assert there is model
+    assert packed.luggage.files == {}
+    with packed.unpacked() as there:
+        assert there == model
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def prepared(request, tmp_path_factory):
     torch.set_num_threads(1)
     network = networks(ZOO)[request.param]
     model = network.prepared(tmp_path_factory.mktemp("network"))
-    return network, model, collect(model, [Sample(network.sample)], workers=1)
+    return network, model, collect(model, [Sample(network.sample)], threads=1)
 
 
 def built(prepared, precision, folder):

@@ -33,7 +33,7 @@ def decibels():
 @pytest.fixture
 def counted():
     """The statistics of a model over samples."""
-    return lambda model, samples: collect(model, samples, workers=1)
+    return lambda model, samples: collect(model, samples, threads=1)
 
 
 CHANNELS = 16

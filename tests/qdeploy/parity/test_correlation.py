@@ -15,9 +15,11 @@ ROWS = st.integers(2, 30).flatmap(lambda n: hnp.arrays(np.float64, (n, 2), eleme
 
 
 def gathered(name, *samples):
-    scorer = metric_from_name(name).scorer()
+    metric = metric_from_name(name)
+    scorer = metric.scorer()
     for outputs, labels in samples:
-        scorer.add({k: np.asarray(v, np.float32) for k, v in outputs.items()}, np.asarray(labels))
+        arrays = {k: np.asarray(v, np.float32) for k, v in outputs.items()}
+        scorer.add(metric.measure(arrays, np.asarray(labels)))
     return scorer.rows()
 
 

@@ -21,7 +21,7 @@ PAIRS = hnp.array_shapes(min_dims=1, max_dims=3, max_side=5).flatmap(
 
 def scored(metric, outputs, labels):
     scorer = metric.scorer()
-    scorer.add(outputs, labels)
+    scorer.add(metric.measure(outputs, labels))
     return scorer.rows()
 
 

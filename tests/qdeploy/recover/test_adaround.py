@@ -49,7 +49,7 @@ def recovery(contract, folder):
     """A model's recovery at its start, with weights of four bits unless given other rules."""
 
     def make(model, samples, rules=None):
-        statistics = collect(model, samples, workers=1)
+        statistics = collect(model, samples, threads=1)
         plan = make_plan(model, statistics, with_bits(contract, 4) if rules is None else rules, MinMax())
         return Recovery(plan, statistics, Means(samples, MinMax(), (), folder()))
 

@@ -35,7 +35,7 @@ def recovery(contract, folder):
     """A model's recovery at its start, with one scale a weight."""
 
     def make(model, samples, rules=None):
-        statistics = collect(model, samples, workers=1)
+        statistics = collect(model, samples, threads=1)
         plan = make_plan(model, statistics, rules or contract.with_per_tensor_weights(), MinMax())
         return Recovery(plan, statistics, Means(samples, MinMax(), (), folder()))
 

@@ -20,7 +20,7 @@ def recovery(build, node, normal_form, planned):
     weight = RANDOM.normal(size=(200, 3)).astype(np.float32)
     model = normal_form(build([node("Gemm", "x w", "y")], {"x": [1, 200]}, {"y": [1, 3]}, {"w": weight}))
     samples = [Sample({"x": each}) for each in VALUES]
-    return Recovery(planned(model, samples), collect(model, samples, workers=1))
+    return Recovery(planned(model, samples), collect(model, samples, threads=1))
 
 
 def values_of(recovery: Recovery) -> Arrays:
@@ -74,7 +74,7 @@ def test_a_constant_tensor_has_one_column(build, node, normal_form, planned):
     )
     samples = [Sample({"x": np.full((1, 4), 2.0, np.float32)})] * 3
 
-    (x, *_) = tensor_ranges(Recovery(planned(model, samples), collect(model, samples, workers=1)))
+    (x, *_) = tensor_ranges(Recovery(planned(model, samples), collect(model, samples, threads=1)))
 
     assert (x.observed, x.counts) == ((2.0, 2.0), (12,))
 
