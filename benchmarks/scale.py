@@ -3,12 +3,14 @@
 Time on the clock says nothing on a machine that does other work; the processor time of the busiest process does, since
 nobody has to wait for more than it.
 
-python benchmarks/scale.py [--samples 200] [--repeats 3]
+python benchmarks/scale.py [--samples 200] [--times 10] [--repeats 3]
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,7 +20,7 @@ from common import images, prepared_model, print_environment, print_table
 from qdeploy.collect import collect_shared
 from qdeploy.model import FloatModel
 from qdeploy.samples.check import checked
-from qdeploy.samples.source import SampleSource
+from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.workers import Processes, Result, Step, Task
 
 SHAPES = ((1, 1), (1, 2), (2, 1))
@@ -47,11 +49,11 @@ def with_processor_time(task: Task[Result], part: int, on_step: Step) -> tuple[R
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--samples", type=int, default=200, help="how many images")
+    options.add_argument("--times", type=int, default=10, help="how often each image is read in a pass")
     options.add_argument("--repeats", type=int, default=3, help="how many turns")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
-        source = partial(checked_images, given.samples)
-        source_size = images("calibration", given.samples).size
+        source = partial(checked_images, given.samples, given.times)
         model = prepared_model(Path(folder))
         turns = [[seconds(model, source, *shape) for shape in SHAPES] for _ in range(given.repeats)]
     print_environment()
@@ -61,13 +63,26 @@ def main() -> None:
         speedups = [turn[0][0] / turn[place][0] for turn in turns]
         spread = f"**{median(speedups):.2f}×**, {min(speedups):.2f} to {max(speedups):.2f}"
         rows.append((f"{count}", f"{threads}", f"{median(clock):.2f} s", spread, f"{median(busiest):.2f} s"))
-    titles = ("Processes", "Threads of each", f"Time of {source_size} images", f"Speed-up, median of {given.repeats}")
+    size = repeated(images("calibration", given.samples), given.times).size
+    titles = ("Processes", "Threads of each", f"Time of {size} images", f"Speed-up, median of {given.repeats}")
     print_table((*titles, "Processor time of the busiest"), rows)
 
 
-def checked_images(limit: int, model: FloatModel) -> SampleSource:
+def checked_images(limit: int, times: int, model: FloatModel) -> SampleSource:
     """The images as every worker opens them: files, decoded on the way."""
-    return checked(images("calibration", limit), model.inputs)
+    return checked(repeated(images("calibration", limit), times), model.inputs)
+
+
+def repeated(source: SampleSource, times: int) -> SampleSource:
+    """The samples of a folder again and again, each time read and decoded anew: a larger folder."""
+    pick, size = source.pick, source.size
+    assert pick is not None
+    assert size is not None
+
+    def picked(places: Sequence[int]) -> Iterator[Sample]:
+        return pick([place % size for place in places])
+
+    return replace(source, stream=lambda: picked(range(size * times)), size=size * times, pick=picked)
 
 
 def seconds(model: FloatModel, source: partial[SampleSource], count: int, threads: int) -> tuple[float, float]:
