@@ -24,10 +24,10 @@ from qdeploy.counting import Tally
 from qdeploy.errors import InputError
 from qdeploy.graph import load_graph, observed_tensors
 from qdeploy.model import FloatModel
+from qdeploy.observing import open_observed
 from qdeploy.samples.shares import Share, interleaved, require_same
 from qdeploy.samples.source import Sample, SampleSource
 from qdeploy.samples.warnings import practice_warnings, sample_digest
-from qdeploy.session import open_session
 from qdeploy.statistics import Statistics, TensorStatistics, values_of
 from qdeploy.workers import PackedModel, Workers
 
@@ -132,13 +132,13 @@ def _statistics(model: FloatModel, shares: Sequence[_Counted]) -> Statistics:
 
 def _count(model: FloatModel, samples: Iterable[Sample], threads: int, on_sample: Callable[[], None]) -> _Counted:
     """Count all of these samples, so many side by side."""
-    axes = observed_tensors(load_graph(model.path))
-    present = {spec.name for spec in (*model.inputs, *model.outputs)}
-    session = open_session(model.path, threads=1, observed=[name for name in axes if name not in present])
+    graph = load_graph(model.path)
+    axes = observed_tensors(graph)
+    session, observed = open_observed(model, graph, axes)
     idle: SimpleQueue[_Thread] = SimpleQueue()
-    tallies = _Tallies(axes)
+    tallies = _Tallies(axes, {each.name: each.block for each in observed})
     for _ in range(threads):
-        idle.put(_Thread(session, tallies))
+        idle.put(_Thread(session, [each.name for each in observed], tallies))
     passes = tuple(_run(samples, idle, threads, on_sample))
     return _Counted(tallies.statistics(), passes)
 
@@ -174,8 +174,9 @@ def _run(
 class _Tallies:
     """Of all observed tensors, shared by the threads, of which one at a time counts the same tensor."""
 
-    def __init__(self, axes: Mapping[str, int | None]) -> None:
+    def __init__(self, axes: Mapping[str, int | None], blocks: Mapping[str, int]) -> None:
         self._axes = axes
+        self._blocks = blocks
         self._locks = {name: Lock() for name in axes}
         self._tallies: dict[str, Tally] = {}
 
@@ -190,7 +191,8 @@ class _Tallies:
     def _tally(self, name: str, array: NDArray[Any]) -> Tally:
         if name not in self._tallies:
             axis = self._axes[name] if array.ndim else None
-            self._tallies[name] = Tally(name, axis, 1 if axis is None else array.shape[axis])
+            channels = 1 if axis is None else array.shape[axis]
+            self._tallies[name] = Tally(name, axis, channels, self._blocks.get(name, 1))
         return self._tallies[name]
 
     def statistics(self) -> dict[str, TensorStatistics]:
@@ -201,8 +203,9 @@ class _Tallies:
 class _Thread:
     """Runs samples through the shared session, into the shared tallies."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, tallies: _Tallies) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, observed: Sequence[str], tallies: _Tallies) -> None:
         self._session = session
+        self._observed = observed
         self._tallies = tallies
         self._outputs = [output.name for output in session.get_outputs()]
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -216,7 +219,7 @@ class _Thread:
             observed = self._observe(inputs)
         except Exception as error:  # ORT raises a different class for each of its status codes
             raise InputError(f"The model fails on {sample.origin}: {str(error).strip()}") from error
-        keys = self._tallies.add(inputs | dict(zip(self._outputs, observed, strict=True)))
+        keys = self._tallies.add(inputs | dict(zip(self._observed, observed, strict=True)))
         return sample_digest(sample.inputs), _classes(sample.labels), keys
 
     def _observe(self, inputs: Arrays) -> list[NDArray[Any]]:

@@ -37,8 +37,9 @@ Kernel = Callable[..., tuple[int, int]]
 def kernel() -> Kernel:
     """The compiled loop, or the numpy one without numba. Returns the keys of the smallest and the largest value.
 
-    Arguments: values [outer, channels, inner]; the same memory as int32; table [bins, lanes]; low and high keys
-    [channels] and sums in limbs [channels, 5], all three updated in place unless a value was not finite.
+    Arguments: values [outer, groups, inner, members], see `as_channels`; the same memory as int32; table [bins, lanes];
+    low and high keys [channels] and sums in limbs [channels, 5], all three updated in place unless a value was not
+    finite.
     """
     try:
         from qdeploy.counting_numba import tally
@@ -59,11 +60,11 @@ def tally_with_numpy(
     """The loop without numba: the same counts and extremes, and sums equal up to their last float64 digits."""
     table[:, 0] += np.bincount(bits.reshape(-1).view(np.uint32) >> BIN_SHIFT, minlength=BINS).astype(np.int32)
     keys = keys_of(values)
-    lowest, highest = keys.min(axis=(0, 2)), keys.max(axis=(0, 2))
+    lowest, highest = keys.min(axis=(0, 2)).reshape(-1), keys.max(axis=(0, 2)).reshape(-1)
     if is_finite(int(lowest.min()), int(highest.max())):
         np.minimum(low, lowest, out=low)
         np.maximum(high, highest, out=high)
-        limbs += fixed_point(values.sum(axis=(0, 2), dtype=np.float64))
+        limbs += fixed_point(values.sum(axis=(0, 2), dtype=np.float64).reshape(-1))
     return int(lowest.min()), int(highest.max())
 
 
@@ -74,11 +75,19 @@ def is_finite(lowest: int, highest: int) -> bool:
 
 @dataclass
 class Tally:
-    """One tensor's running statistics within one worker; the only thing of calibration that changes in place."""
+    """One tensor's running statistics within one worker; the only thing of calibration that changes in place.
+
+    Attributes:
+        name: The tensor's.
+        channel_axis: Of its shape; None to count it as one channel.
+        channels: How many.
+        block: So many channels lie side by side in memory, as in `as_channels`.
+    """
 
     name: str
     channel_axis: int | None
     channels: int
+    block: int = 1
     _pending: int = 0
     _table: NDArray[np.int32] = field(default_factory=lambda: np.zeros((BINS, LANES), np.int32))
     _histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
@@ -95,7 +104,7 @@ class Tally:
         """Count one sample's tensor; the keys of its smallest and its largest finite value."""
         if array.size == 0:
             return _HIGHEST_KEY, _LOWEST_KEY
-        values = as_channels(array, self.channel_axis)
+        values = as_channels(array, self.channel_axis, self.block)
         bits = values.view(np.int32)
         if self._pending + values.size > FLUSH_AFTER or self._adds >= 1 << 14:
             self._flush()
@@ -110,12 +119,12 @@ class Tally:
     def _add_finite_part(self, values: NDArray[np.float32]) -> tuple[int, int]:
         finite = np.isfinite(values)
         keys = keys_of(values)
-        low = np.where(finite, keys, _HIGHEST_KEY).min(axis=(0, 2))
-        high = np.where(finite, keys, _LOWEST_KEY).max(axis=(0, 2))
+        low = np.where(finite, keys, _HIGHEST_KEY).min(axis=(0, 2)).reshape(-1)
+        high = np.where(finite, keys, _LOWEST_KEY).max(axis=(0, 2)).reshape(-1)
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
-        self._limbs += fixed_point(np.where(finite, values, 0.0).sum(axis=(0, 2), dtype=np.float64))
-        self._count += finite.sum(axis=(0, 2))
+        self._limbs += fixed_point(np.where(finite, values, 0.0).sum(axis=(0, 2), dtype=np.float64).reshape(-1))
+        self._count += finite.sum(axis=(0, 2)).reshape(-1)
         return int(low.min()), int(high.max())
 
     def _flush(self) -> None:
@@ -148,10 +157,22 @@ class Tally:
         )
 
 
-def as_channels(array: NDArray[Any], axis: int | None) -> NDArray[np.float32]:
-    """A tensor as contiguous float32 [outer, channels, inner]; [1, 1, size] without a channel axis."""
+def as_channels(array: NDArray[Any], axis: int | None, block: int = 1) -> NDArray[np.float32]:
+    """A tensor as contiguous float32 [outer, groups, inner, members], where channel = group · members + member.
+
+    Channels that follow one another in memory are members of a group; others are groups of one member.
+
+    Args:
+        array: The tensor.
+        axis: Of its channels; None for one channel.
+        block: If more than 1, memory is in the order [N, C / block, H, W, block], whatever the shape [N, C, H, W] says.
+    """
     values = np.ascontiguousarray(array, np.float32)
     if axis is None:
-        return values.reshape(1, 1, -1)
+        return values.reshape(1, 1, -1, 1)
+    if block > 1:
+        return values.reshape(values.shape[0], values.shape[1] // block, -1, block)
     axis %= values.ndim
-    return values.reshape(math.prod(values.shape[:axis]), values.shape[axis], -1)
+    outer, channels = math.prod(values.shape[:axis]), values.shape[axis]
+    inner = math.prod(values.shape[axis + 1 :])
+    return values.reshape(1, 1, outer, channels) if inner == 1 else values.reshape(outer, channels, inner, 1)

@@ -42,6 +42,7 @@ def open_session(
     threads: int = 0,
     graph_level: GraphLevel = "all",
     optimized: Path | None = None,
+    weights: str = "",
     observed: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU provider.
@@ -51,6 +52,7 @@ def open_session(
         threads: Threads within an operator; 0 for one a core, or as many as `threads_each` says.
         graph_level: How far ORT may rewrite the graph. Numerics are compared under "disable", latency under "all".
         optimized: Where ORT writes the graph that it really runs, if asked for.
+        weights: Name of a file beside it for that graph's weights; empty to write them with it.
         observed: Names of further tensors that the session gives as outputs, behind the graph's own.
 
     Raises:
@@ -76,6 +78,8 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        if weights:
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
     model = _with_outputs(path, observed, options) if observed else str(path)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -42,6 +42,7 @@ UPPER = [
     "workers",
     "counting_numba",
     "counting",
+    "observing",
     "collect",
     "quantize",
     "parity",

@@ -88,15 +88,17 @@ def test_any_floats_count_as_in_numpy(statistics_of, loop, values, axis):
 @settings(max_examples=60, deadline=None)
 @given(
     values=arrays.arrays(
-        np.float32, arrays.array_shapes(min_dims=3, max_dims=3, max_side=9), elements=ANY | st.sampled_from(ODD)
+        np.float32, arrays.array_shapes(min_dims=4, max_dims=4, max_side=9), elements=ANY | st.sampled_from(ODD)
     )
 )
 def test_the_compiled_loop_is_the_numpy_loop(values):
+    channels = values.shape[1] * values.shape[3]
+
     def counted(loop):
         table = np.zeros((BINS, LANES), np.int32)
-        low = np.full(values.shape[1], 2**31 - 1, np.int32)
-        high = np.full(values.shape[1], -(2**31), np.int32)
-        limbs = np.zeros((values.shape[1], LIMBS), np.int64)
+        low = np.full(channels, 2**31 - 1, np.int32)
+        high = np.full(channels, -(2**31), np.int32)
+        limbs = np.zeros((channels, LIMBS), np.int64)
         extremes = loop(values, values.view(np.int32), table, low, high, limbs)
         return extremes, table.sum(axis=1), low, high, [exact(row) for row in limbs]
 
@@ -107,7 +109,7 @@ def test_the_compiled_loop_is_the_numpy_loop(values):
     assert is_finite(*numpy[0]) == bool(np.isfinite(values).all())
     for one, other in zip(numba[1:4], numpy[1:4], strict=True):
         np.testing.assert_array_equal(one, other)
-    magnitude = np.abs(np.where(np.isfinite(values), values, 0).astype(np.float64)).sum(axis=(0, 2))
+    magnitude = np.abs(np.where(np.isfinite(values), values, 0).astype(np.float64)).sum(axis=(0, 2)).ravel()
     for one, other, scale in zip(numba[4], numpy[4], magnitude, strict=True):
         assert abs(one - other) <= 1e-12 * scale + 1e-17
 
@@ -222,9 +224,33 @@ def test_channels_stand_in_the_middle(shape, data):
 
     found = as_channels(values, axis)
 
-    assert found.shape[1] == shape[axis]
+    assert found.shape[1] * found.shape[3] == shape[axis]
     for channel in range(shape[axis]):
-        np.testing.assert_array_equal(found[:, channel].ravel(), values.take(channel, axis).ravel())
+        group, member = divmod(channel, found.shape[3])
+        np.testing.assert_array_equal(found[:, group, :, member].ravel(), values.take(channel, axis).ravel())
+
+
+def in_blocks(values, block):
+    """Memory as [N, C / block, H, W, block], under the shape [N, C, H, W]."""
+    n, c, *size = values.shape
+    return np.ascontiguousarray(np.moveaxis(values.reshape(n, c // block, block, *size), 2, -1)).reshape(values.shape)
+
+
+@compiled
+@settings(max_examples=40, deadline=None)
+@given(block=st.sampled_from([2, 8, 16]), seed=st.integers(0, 999), sizes=st.tuples(*[st.integers(1, 11)] * 3))
+def test_channels_in_blocks_count_as_those_in_order(statistics_of, loop, block, seed, sizes):
+    batch, height, width = sizes
+    values = np.random.default_rng(seed).normal(size=(batch, 3 * block, height, width)).astype(np.float32)
+    values.reshape(-1)[seed % values.size] = ODD[seed % len(ODD)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "kernel", lambda: loop)
+        tally = Tally("x", 1, 3 * block, block)
+        tally.add(in_blocks(values, block))
+
+    magnitudes = np.abs(np.where(np.isfinite(values), values, 0).astype(np.float64)).sum()
+    assert_equal(tally.statistics(), statistics_of(values, "x", 1), scale=float(magnitudes))
 
 
 def test_without_numba_the_numpy_loop_counts(monkeypatch):
