@@ -24,12 +24,12 @@ from qdeploy.outcome import (
     Unavailable,
 )
 from qdeploy.parity.metrics import Metric
-from qdeploy.pipeline import calibration_reader, collected, find_metric, look_up, to_float_model
+from qdeploy.pipeline import calibration_reader, collected, every_reader, find_metric, look_up, to_float_model
 from qdeploy.plan import QuantPlan, kept_nodes, plan
 from qdeploy.progress import SILENT, Progress
 from qdeploy.recipe import Recipe
 from qdeploy.recommend import with_chosen_targets
-from qdeploy.recover.recovery import Means, Recovery
+from qdeploy.recover.recovery import Recovery
 from qdeploy.recover.steps import STEPS
 from qdeploy.samples.source import SampleSource
 from qdeploy.samples.states import states_of
@@ -180,7 +180,7 @@ def _to_analyze(recipe: Recipe, progress: Progress = SILENT, workers: Workers | 
         work = made(scratch / job.folder)
         open_all, open_some = (calibration_opener(recipe, loaded, states, each) for each in (recipe.samples, fewer))
         make_metric = partial(find_metric, recipe.metric or (metric.name if metric else None))
-        making = Making(job, model, None, reader, work, everything, recipe.keep)
+        making = Making(job, model, None, reader, work, everything, recipe.keep, readers=every_reader())
         yield Subject(making, part, metric, open_all, open_some, make_metric)
 
 
@@ -205,7 +205,7 @@ def _recovered(making: Making, name: str) -> Recovery:
     folder = making.folder / f"steps-{name}"
     folder.mkdir()
     drafted = plan(making.model, making.statistics, making.job.contract, making.reader, making.keep)
-    recovery = Recovery(drafted, making.statistics, Means(making.samples, making.reader, making.keep, folder))
+    recovery = Recovery(drafted, making.statistics, making.means(folder))
     for step in making.job.steps:
         recovery = STEPS[step](recovery)
     return recovery

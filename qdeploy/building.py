@@ -74,6 +74,7 @@ class Making:
         keep: Nodes that stay float.
         search: What the ladder looks at; None if the steps are given.
         learned: The ranges and scales that training settled; None if they come from the statistics.
+        readers: All that could choose ranges.
     """
 
     job: Job
@@ -85,6 +86,11 @@ class Making:
     keep: tuple[str, ...] = ()
     search: Search | None = None
     learned: Learned | None = None
+    readers: tuple[CalibrationReader, ...] = ()
+
+    def means(self, folder: Path) -> Means:
+        """What recovery steps may use; they write into an empty folder."""
+        return Means(self.samples, self.reader, self.keep, folder, self.readers)
 
 
 def build(making: Making, bundle: Path, on_progress: Callable[[float], None] = no_progress) -> Built:
@@ -129,8 +135,7 @@ def _recovered(making: Making) -> Climb[Recovery]:
     """The plan and its statistics after the steps asked for, or those that the ladder finds, and what it tried."""
     assert making.statistics is not None
     drafted = plan(making.model, making.statistics, making.job.contract, making.reader, making.keep)
-    means = Means(making.samples, making.reader, making.keep, made(making.folder / "steps"))
-    start = Recovery(drafted, making.statistics, means)
+    start = Recovery(drafted, making.statistics, making.means(made(making.folder / "steps")))
     if making.search is None:
         return Climb(taken(start, making.job.steps), ())
     reference = Remembered(harness.as_written(making.model.path), made(making.folder / "reference"))

@@ -22,6 +22,7 @@ CHEAPEST_FIRST = (
     "bias-correction",
     "equalization",
     "smoothquant",
+    "reader-per-tensor",
     "adaround",
     "bias-correction-empirical",
     "keep-edges",
@@ -34,6 +35,7 @@ Mixed precision comes last: it gives back as many layers as the budget needs.
 APPLIED = (
     "equalization",
     "smoothquant",
+    "reader-per-tensor",
     "adaround",
     "bias-correction",
     "bias-correction-empirical",

@@ -114,7 +114,16 @@ def run(
                     tell = in_parts(advance, BUILD_PARTS)
                     work = made(scratch / job.folder)
                     making = Making(
-                        job, model, statistics, reader, work, samples.calibration, recipe.keep, searching, learned
+                        job,
+                        model,
+                        statistics,
+                        reader,
+                        work,
+                        samples.calibration,
+                        recipe.keep,
+                        searching,
+                        learned,
+                        every_reader(),
                     )
                     built.append(build(making, bundle, tell))
             except (InputError, UnavailableError) as error:  # what this machine or this target cannot do may show now
@@ -175,6 +184,15 @@ def calibration_reader(name: str) -> CalibrationReader:
         what = f"The calibration reader {name!r} cannot take the parameter {parameter!r}."
         raise InputError(what, "Give a number, as in percentile:99.999, to a reader that has one.") from error
     return reader
+
+
+def every_reader() -> tuple[CalibrationReader, ...]:
+    """All calibration readers that can be loaded, with the parameters that they have by default."""
+    found: list[CalibrationReader] = []
+    for name in registry.calibration_readers().names():
+        with suppress(UnavailableError):
+            found.append(calibration_reader(name))
+    return tuple(found)
 
 
 def find_metric(metric: Any) -> Metric | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 
 from qdeploy import graph as questions
@@ -103,8 +102,7 @@ def most_sensitive(recovery: Recovery) -> tuple[LayerSensitivity, ...]:
     Raises:
         InputError: The recovery has no samples, or the plan quantizes nothing.
     """
-    apart = max(1, recovery.statistics.samples // SAMPLES)  # of samples sorted by class, the first are of one
-    samples = list(islice(recovery.require_samples(NAME), 0, SAMPLES * apart, apart))
+    samples = recovery.some_samples(NAME, SAMPLES)
     return sensitivity({TYPE: recovery.plan}, samples, recovery.require_means(NAME).folder).layers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
@@ -30,12 +31,14 @@ class Means:
         reader: Chose the plan's ranges, and chooses them anew when a step has changed the float graph.
         keep: Patterns of the nodes that stay float.
         folder: Where steps write the float graphs that they change.
+        readers: Those that could choose a tensor's range.
     """
 
     samples: Iterable[Sample] | None
     reader: CalibrationReader
     keep: Sequence[str]
     folder: Path
+    readers: tuple[CalibrationReader, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,15 @@ class Recovery:
             what = f"The recovery step {step!r} runs the calibration samples, and only their statistics were given."
             raise InputError(what, "Give --calibration DATA, with or without --statistics.")
         return samples
+
+    def some_samples(self, step: str, count: int) -> list[Sample]:
+        """At most so many of the calibration samples, evenly spread: of samples sorted by class, the first are of one.
+
+        Raises:
+            InputError: They are not at hand.
+        """
+        apart = max(1, self.statistics.samples // count)
+        return list(islice(self.require_samples(step), 0, count * apart, apart))
 
     def with_step(self, step: str) -> Recovery:
         """The recovery after a step that found nothing to change."""

@@ -16,6 +16,7 @@ from qdeploy.recover.equalization import equalization
 from qdeploy.recover.gptq import gptq
 from qdeploy.recover.keep_edges import keep_edges
 from qdeploy.recover.mixed_precision import mixed_precision
+from qdeploy.recover.readers import reader_per_tensor
 from qdeploy.recover.recovery import Means, Recovery
 from qdeploy.recover.smoothquant import smoothquant
 from qdeploy.registry import suggestion
@@ -36,6 +37,7 @@ STEPS: Mapping[str, RecoveryStep] = MappingProxyType(
         "bias-correction-empirical": bias_correction_empirical,
         "equalization": equalization,
         "smoothquant": smoothquant,
+        "reader-per-tensor": reader_per_tensor,
         "clipping": _of_plan(clipping),
         "adaround": adaround,
         "gptq": gptq,

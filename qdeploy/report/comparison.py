@@ -288,7 +288,7 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
     "agreement": wording.percent,
     "sqnr_db": wording.decibels,
     "size_bytes": lambda count: wording.size(int(count)),
-    "latency_ms": lambda value: f"{wording.significant(value)} ms",
+    "latency_ms": wording.milliseconds,
 }
 
 

@@ -279,7 +279,7 @@ def _pareto(path: str, row: Target) -> str:
 
 
 def _milliseconds(value: float | None) -> str:
-    return wording.ABSENT if value is None else f"{wording.significant(value)} ms"
+    return wording.ABSENT if value is None else wording.milliseconds(value)
 
 
 def _outputs(row: Target) -> str:

@@ -113,7 +113,7 @@ def latency(report: Report) -> str:
         ):
             each: Latency | None = getattr(row, field)
             if each is not None:
-                figure = figure_of(f"targets/{index}/{field}/p50", each.p50, f"{wording.significant(each.p50)} ms")
+                figure = figure_of(f"targets/{index}/{field}/p50", each.p50, wording.milliseconds(each.p50))
                 rows.append(_row(name, below, _spread(scale, each, kind), figure))
     note = "Line: median. Dark: the middle half of the runs. Pale: all but the fastest and slowest 5 %. Tick: p99."
     return _plot("Latency of one run", rows, note)
@@ -232,7 +232,7 @@ def _dot(x: float, y: float, point: ParetoPoint) -> str:
 def _cost(points: Sequence[ParetoPoint]) -> _Axis:
     """Time if it was measured, else the share of the work."""
     if any(point.latency_ms is not None for point in points):
-        return _Axis("latency", tuple(p.latency_ms for p in points), lambda ms: f"{wording.significant(ms)} ms")
+        return _Axis("latency", tuple(p.latency_ms for p in points), wording.milliseconds)
     return _Axis("work in float", tuple(point.cost for point in points), lambda share: f"{100 * share:.0f} %")
 
 

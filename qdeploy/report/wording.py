@@ -139,6 +139,12 @@ def significant(value: float) -> str:
     return f"{value:.2e}"
 
 
+def milliseconds(value: float) -> str:
+    """A time of three digits, zeros too: figures below each other end at the same place."""
+    digits = 2 - int(f"{value:.2e}".partition("e")[2])
+    return f"{value:.{max(0, min(digits, 4))}f} ms"
+
+
 def number(value: float | None) -> str:
     """A figure of four decimals."""
     return ABSENT if value is None else f"{value:z.4f}"
@@ -166,18 +172,18 @@ def ratio(value: float | None) -> str:
 
 def median(latency: Latency | None) -> str:
     """The median latency."""
-    return ABSENT if latency is None else f"{significant(latency.p50)} ms"
+    return ABSENT if latency is None else milliseconds(latency.p50)
 
 
 def distribution(latency: Latency | None) -> str:
     """All that is known of a latency; empty if it was not measured."""
     if latency is None:
         return ""
-    tails = f"p90 {significant(latency.p90)} ms, p99 {significant(latency.p99)} ms, {latency.runs} runs"
+    tails = f"p90 {milliseconds(latency.p90)}, p99 {milliseconds(latency.p99)}, {latency.runs} runs"
     threads = (
         ""
         if latency.threads is None
         else f", {latency.threads or 'all'} {'thread' if latency.threads == 1 else 'threads'}"
     )
     batch = "" if latency.batch is None else f", batch {latency.batch}"
-    return f"p50 {significant(latency.p50)} ms, {tails}{threads}{batch}"
+    return f"p50 {milliseconds(latency.p50)}, {tails}{threads}{batch}"

@@ -235,7 +235,7 @@ def test_the_terminal_says_what_is_worse(base):
     for line in (
         "worse: ort-cpu:int8: fail, where it passed: Bad.",
         "worse: ort-cpu:int8: accuracy went from 0.9822 to 0.9500 (-0.0322; a loss of 0.01 is allowed)",
-        "worse: ort-cpu:int8: latency went from 0.25 ms to 0.5 ms (2.000×; 1.1× is allowed)",
+        "worse: ort-cpu:int8: latency went from 0.250 ms to 0.500 ms (2.000×; 1.1× is allowed)",
         "ort-cpu:int8: pass became fail",
         "ort-cpu:int8: layers: conv1 int8 → fp32",
     ):

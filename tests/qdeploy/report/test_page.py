@@ -50,7 +50,7 @@ def test_the_page_says_what_the_report_says(contents):
         "bias-correction: 5 biases",
         "7 int8, 1 float",
         "mse, 200 samples",
-        "p50 0.25 ms, p90 0.3 ms, p99 0.4 ms, 100 runs",
+        "p50 0.250 ms, p90 0.300 ms, p99 0.400 ms, 100 runs",
         "[1.90, 2.10]",
         *("logits", "31.2 dB", "0.999500", "0.125", "50.00 %", "count", "100.00 %"),
         "tensorrt is not installed.",

@@ -30,7 +30,7 @@ def test_everything_is_said_within_100_columns(report):
         "31.2 dB",
         "27.5 kB",
         "3.20×",
-        "0.25 ms",
+        "0.250 ms",
         "2.00×",
         "executed",
         "largest difference 1.50e-06, SQNR 130.2 dB, agreement 100.00 %",
@@ -83,3 +83,16 @@ def test_the_verdict_names_what_failed(report):
     assert wording.verdict(report.model_copy(update={"targets": (failed, report.targets[1])})) == (
         "0 of 2 targets passed; failed: ort-cpu:int8; cannot be built here: tensorrt:int8."
     )
+
+
+def test_times_of_nearby_sizes_are_equally_long():
+    assert [wording.milliseconds(value) for value in (0.013, 0.0199, 0.25, 2.0, 12.0, 99.96, 1234.0, 0.0)] == [
+        "0.0130 ms",
+        "0.0199 ms",
+        "0.250 ms",
+        "2.00 ms",
+        "12.0 ms",
+        "100 ms",
+        "1234 ms",
+        "0.00 ms",
+    ]
