@@ -28,7 +28,7 @@ from qdeploy.errors import InputError, UnavailableError
 from qdeploy.marks import take_marks
 from qdeploy.model import DimRange, FloatModel, ModelSource, TensorSpec
 from qdeploy.plan import Learned
-from qdeploy.prepare import OPSET, refuse_quantized
+from qdeploy.prepare import OPSET, refuse_other_floats, refuse_quantized
 from qdeploy.registry import suggestion
 from qdeploy.samples.callables import load_callable, user_code
 from qdeploy.samples.check import checked
@@ -97,6 +97,8 @@ def load(source: ModelSource) -> LoadedModel:
     if not isinstance(module, torch.nn.Module):
         what = f"{source.text} returned {type(module).__name__}, not a torch.nn.Module."
         raise InputError(what, "Return the module, or the module and a tuple of example inputs.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(f"{source.text} is TorchScript.", "Give the module that it was traced or scripted from.")
     module, notes = _for_inference(module)
     named = _named_examples(examples, source, module)
     if notes:  # what was said of its inputs, and given, was meant for the module as it was
@@ -198,6 +200,9 @@ def _load_onnx(source: ModelSource) -> LoadedModel:
     questions.require_sound(path)
     graph = questions.load_graph(path)
     refuse_quantized(graph, path.name)
+    refuse_other_floats(graph, path.name)
+    if same := next((value.name for value in graph.graph.outputs if value.is_graph_input()), None):
+        raise InputError(f"The output {same!r} of {path.name} is its input.", "Take it off the outputs.")
     inputs = tuple(questions.spec(value) for value in graph.graph.inputs if not value.is_initializer())
     _require_inputs(source.inputs, inputs, path.name)
     return LoadedModel(source, tuple(spec.name for spec in inputs), ranks=_ranks(inputs))
@@ -453,6 +458,8 @@ def _check_against(eager: EagerRunner, model: FloatModel, samples: list[Sample])
                     where = f"output {name!r} of {sample.origin} has {figure}"
                     what = f"The ONNX model does not compute what the module does: {where}."
                     cure = "Look for control flow that depends on values, randomness, or state in forward."
+                    if np.isnan(reference).any():
+                        cure = "The module's own output holds NaN: look for NaN in its weights and buffers."
                     raise InputError(what, cure)
 
 

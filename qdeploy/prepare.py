@@ -40,6 +40,11 @@ FOLDING_ROUNDS = 2
 LOWEST_OPSET = 7
 """Older models cannot be converted."""
 
+OTHER_FLOATS = ("float16", "bfloat16", "float64")
+
+LOWEST_IR_VERSION = 4
+"""Before it, every initializer had to be an input too."""
+
 
 def prepare(model: FloatModel, directory: Path) -> FloatModel:
     """Write the normal form of a model to `directory/model.onnx`.
@@ -73,6 +78,19 @@ def refuse_quantized(graph: ir.Model, name: str) -> None:
         raise InputError(what, "Look at it with qdeploy inspect, or start from the float model.")
 
 
+def refuse_other_floats(graph: ir.Model, name: str) -> None:
+    """Ranges, scales and the reference of all figures are float32.
+
+    Raises:
+        InputError: A weight has another floating-point type.
+    """
+    for node in graph.graph.all_nodes():
+        weight = weight_of(node)
+        if weight is not None and weight.dtype.name in OTHER_FLOATS:
+            what = f"The weight {name_of(node.inputs[1])!r} of {name} is {weight.dtype.name}, not float32."
+            raise InputError(what, "Export it anew in float32.")
+
+
 def _at_one_opset(graph: ir.Model, path: Path) -> ir.Model:
     """The graph at OPSET; a newer one is left as it is, as its operators may have no older form."""
     opset = graph.opset_imports.get("", 0)
@@ -103,6 +121,7 @@ def _fold(graph: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
 
     passes.RemoveInitializersFromInputsPass()(graph)
+    graph.ir_version = max(graph.ir_version, LOWEST_IR_VERSION)
     passes.InlinePass()(graph)
     for _ in range(FOLDING_ROUNDS):
         optimizer.fold_constants(graph, onnx_shape_inference=True, should_fold=_arranges_constants)

@@ -69,7 +69,7 @@ def _scale_problems(graph: ir.Model, plan: QuantPlan) -> list[str]:
     """What is quantized and what is stored as integers, with its scales and zero points, against the plan's."""
     activations, constants = {}, {}
     for node in graph.graph:
-        source = node.inputs[0]
+        source = node.inputs[0] if node.inputs else None
         if node.op_type == "QuantizeLinear":
             activations[quantized_tensor(node)] = node
         elif node.op_type == "DequantizeLinear" and source is not None and source.is_initializer():

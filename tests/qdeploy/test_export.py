@@ -420,6 +420,13 @@ def test_a_module_that_is_ready_is_not_copied():
     assert loaded.notes == ()
 
 
+def test_torchscript_is_refused():
+    with pytest.raises(
+        InputError, match=r"^net is TorchScript\. Give the module that it was traced or scripted from\.$"
+    ):
+        load(ModelSource("net", "module", (), {}, torch.jit.trace(nn.Linear(4, 3), X), X))
+
+
 # What is refused after export
 
 
@@ -560,6 +567,16 @@ def test_an_onnx_model_that_computes_something_else_is_refused(again, monkeypatc
             again()
 
 
+def test_a_module_whose_own_output_holds_nan_is_told_so(again, monkeypatch):
+    run = ROOM.EagerRunner.run
+    monkeypatch.setattr(ROOM.EagerRunner, "run", lambda *_: {n: array * np.nan for n, array in run(*_).items()})
+
+    with pytest.raises(
+        InputError, match=r"The module's own output holds NaN: look for NaN in its weights and buffers\.$"
+    ):
+        again()
+
+
 def test_infinite_values_that_are_masks_are_no_difference(again, monkeypatch, linear):
     def masked(outputs):
         return {name: np.where(np.arange(3) == 1, -np.inf, array) for name, array in outputs.items()}
@@ -697,6 +714,24 @@ def test_a_quantized_onnx_file_is_refused(build, node):
     path = build(nodes, {"x": [1, 4]}, {"y": [1, 4]}, {"s": np.float32(0.1)}).path
 
     with pytest.raises(InputError, match=r"net\.onnx is quantized already\. Look at it with qdeploy inspect"):
+        load(parsed(path))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_an_onnx_file_of_other_floats_is_refused(build, node, dtype):
+    kind = {"float16": 10, "float64": 11}[dtype]
+    weights = {"w": np.ones((4, 3), dtype)}
+    path = build([node("MatMul", "x w", "y")], {"x": ([1, 4], kind)}, {"y": ([1, 3], kind)}, weights).path
+
+    message = rf"^The weight 'w' of net\.onnx is {dtype}, not float32\. Export it anew in float32\.$"
+    with pytest.raises(InputError, match=message):
+        load(parsed(path))
+
+
+def test_an_onnx_file_that_gives_its_input_back_is_refused(build, node):
+    path = build([node("Relu", "x", "y")], {"x": [1, 4]}, {"y": [1, 4], "x": [1, 4]}).path
+
+    with pytest.raises(InputError, match=r"^The output 'x' of net\.onnx is its input\. Take it off the outputs\.$"):
         load(parsed(path))
 
 

@@ -370,6 +370,21 @@ def test_a_quantized_model_is_refused(build, node, normal_form):
         normal_form(model)
 
 
+def test_initializers_of_an_old_file_stop_being_inputs(build, node, normal_form):
+    import onnx
+
+    nodes = [node("MatMul", "x w", "out")]
+    model = build(nodes, {"x": [1, 4]}, {"out": [1, 3]}, {"w": floats(4, 3)}, opset=11, weights_as_inputs=True)
+    old = onnx.load(model.path)
+    old.ir_version = 3
+    onnx.save(old, model.path)
+
+    prepared = normal_form(model)
+
+    assert [spec.name for spec in prepared.inputs] == ["x"]
+    onnx.checker.check_model(onnx.load(prepared.path))
+
+
 def test_an_old_opset_is_refused(build, node, normal_form):
     model = build([node("Relu", "x", "out")], {"x": [2]}, {"out": [2]}, opset=6)
 

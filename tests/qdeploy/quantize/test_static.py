@@ -754,3 +754,13 @@ def test_what_only_the_body_of_an_if_reads_is_left_float(build, node, normal_for
     for sample in samples[:2]:
         expected, found = (run_onnx(path, sample.inputs)["y"] for path in (model.path, result.path))
         np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_a_constant_that_is_an_output_is_no_obstacle(build, node, normal_form, planned, quantized, run_onnx):
+    nodes = [node("MatMul", "x w", "y"), node("Constant", "", "k", value_floats=[1.0, 2.0])]
+    weights = {"w": np.eye(4, dtype=np.float32)}
+    model = normal_form(build(nodes, {"x": [1, 4]}, {"y": [1, 4], "k": [2]}, weights))
+
+    outputs = run_onnx(quantized(planned(model)).path, {"x": np.zeros((1, 4), np.float32)})
+
+    np.testing.assert_array_equal(outputs["k"], [1, 2])
