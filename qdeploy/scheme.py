@@ -147,8 +147,8 @@ class QuantContract:
         placement: Where QDQ pairs stand: before quantized operators only, or after them too.
         rules: In order; the first that matches a node wins. A node that none matches stays float.
         form: What the target is given.
-        strict: The target refuses QDQ pairs that no rule describes, or computes in float behind them without a word;
-            otherwise it merely runs them as they stand.
+        strict: The target refuses QDQ pairs that no rule describes, or computes in float behind them without a word,
+            and takes a DequantizeLinear past operators that only move values; otherwise it runs pairs as they stand.
         advice: What to know before choosing this precision: what it is worth, and what of that was not measured.
     """
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
 from qdeploy.plan import matching_rule
+from qdeploy.quantize.movers import dequantize_behind_movers
 from qdeploy.quantize.pairs import pair_problems
 from qdeploy.scheme import Form, Granularity, OpRule, PerBlock, PerChannel, PerTensor, QuantContract, Scheme
 
@@ -86,6 +87,8 @@ def lint(graph: ir.Model, contract: QuantContract) -> tuple[Violation, ...]:
     # Other tools leave out the types of what they insert, and conditions ask for them.
     graph = graph.clone()
     passes.ShapeInferencePass()(graph)
+    if contract.strict:
+        dequantize_behind_movers(graph)
     quantized = frozenset(
         str(value.name) for node in graph.graph for value in node.outputs if questions.stored_scheme(value) is not None
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qdeploy import graph as questions
 from qdeploy.affine import IntegerType
 from qdeploy.plan import matching_rule
+from qdeploy.quantize.movers import is_mover
 from qdeploy.scheme import PerChannel, QuantContract, Scheme
 
 if TYPE_CHECKING:
@@ -30,10 +31,13 @@ def pair_problems(node: ir.Node, contract: QuantContract) -> Iterator[str]:
         if readers:
             where = f"between a DequantizeLinear and {', '.join(readers)}"
             yield f"it stands {where}; {contract.target} then computes in float without a word"
+    elif is_mover(node) and _is_stored_constant(node.inputs[0]) and _products_behind(node):
+        what = f"it cuts or joins the axis along which its constant {questions.name_of(node.inputs[0])!r} has scales"
+        yield f"{what}; {contract.target} then computes {', '.join(_products_behind(node))} in float without a word"
     elif not questions.has_weight(node):
         rule = matching_rule(contract, node, frozenset())
-        stored = [v for i, v in enumerate(node.inputs) if not (rule and rule.inputs.get(i)) and _is_dequantized(v)]
-        constants = [v.name for v in stored if v is not None and questions.stored_constant(v) is not None]
+        stored = [v for i, v in enumerate(node.inputs) if not (rule and rule.inputs.get(i))]
+        constants = [v.name for v in stored if v is not None and _is_stored_constant(v)]
         if constants:
             yield f"it runs in float, but its constant {constants[0]!r} is stored as integers"
 
@@ -78,13 +82,18 @@ def _integers(contract: QuantContract) -> list[str]:
     return list(dict.fromkeys(names)) or ["no integers"]
 
 
-def _products_behind(cast: ir.Node) -> list[str]:
-    """Names of the products that read a value behind one Cast or several."""
-    readers = list(cast.outputs[0].consumers())
-    behind = [name for reader in readers if reader.op_type == "Cast" for name in _products_behind(reader)]
+def _products_behind(node: ir.Node) -> list[str]:
+    """Names of the products that read a node's output, or read it behind Casts and operators that move values."""
+    readers = list(node.outputs[0].consumers())
+    hand_on = [reader for reader in readers if reader.op_type == "Cast" or is_mover(reader)]
+    behind = [name for reader in hand_on for name in _products_behind(reader)]
     return [*(str(reader.name) for reader in readers if reader.op_type in questions.WEIGHTED), *behind]
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
     producer = value.producer() if value is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _is_stored_constant(value: ir.Value | None) -> bool:
+    return _is_dequantized(value) and questions.stored_constant(value) is not None

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qdeploy.backends.trt.backend import TensorRT
 from qdeploy.backends.trt.build import build
 from qdeploy.backends.trt.contract import Options
-from qdeploy.backends.trt.layer_log import layers
+from qdeploy.backends.trt.layer_log import GENERATED, MULTIPLIES_INTEGERS, layers, parse_layers
 from qdeploy.backends.trt.library import library
 from qdeploy.errors import UnavailableError
 from qdeploy.graph import load_graph
@@ -186,6 +186,225 @@ def test_the_builder_does_run_it_in_float(op_type, changes, attributes, nodes, t
     path = product(op_type, tmp_path / "m.onnx", **changes, **attributes)
 
     assert precision_of(path) == "fp32"
+
+
+MOVED_SHAPES = {
+    "Reshape": ((2, 2, 4), (2, 8, 64), {"shape": [2, 8]}, {"shape": [2, 8, 8, 8]}),
+    "Transpose": ((8, 2), (2, 8, 8, 8), {"perm": [1, 0]}, {"perm": [0, 3, 1, 2]}),
+    "Flatten": ((2, 2, 4), None, {"axis": 1}, {}),
+    "Squeeze": ((2, 1, 8), (2, 1, 8, 8, 8), {"axes": [1]}, {"axes": [1]}),
+    "Unsqueeze": ((8,), (8, 8, 8), {"axes": [0]}, {"axes": [0]}),
+    "Identity": ((2, 8), (2, 8, 8, 8), {}, {}),
+}
+"""Shapes that become those of a product's and of a convolution's input, with what each operator is told."""
+
+MOVED_ACTIVATIONS = [
+    (op_type, mover)
+    for op_type in ("MatMul", "Gemm", "Conv")
+    for mover in MOVED_SHAPES
+    if (op_type, mover) != ("Conv", "Flatten")
+]
+
+
+def move(net, mover, value, name, **settings):
+    """A mover behind a value; shapes and axes are constants, as the operators of opset 13 have them."""
+    constants = [net.constant(f"{name}_{k}", np.array(v)) for k, v in settings.items() if k in ("shape", "axes")]
+    attributes = {k: v for k, v in settings.items() if k not in ("shape", "axes")}
+    return net.node(mover, [value, *constants], name, **attributes)
+
+
+def moved_activation(op_type, mover, path):
+    """x ─► Q ─► DQ ─► mover ─► operator(DQ'd weight) ─► y."""
+    net, convolves = Net(), op_type == "Conv"
+    flat, image, settings, for_image = MOVED_SHAPES[mover]
+    x = move(net, mover, net.pair("x"), "moved", **(for_image if convolves else settings))
+    net.node(op_type, [x, net.stored("w", WEIGHTS[op_type], axis=0 if convolves else 1)], "y")
+    return net.save(path, shape=image if convolves else flat)
+
+
+def multiplies_integers(path, node="y"):
+    """Whether the builder's log shows a layer for a node that multiplies integers.
+
+    layers() is not asked: it looks for the weights of a float model, where nothing stands before them.
+    """
+    log = build(library(), path, {}, Options(arch=("sm89",))).layer_log
+    hosts = [layer for layer in parse_layers(log) if node in layer.nodes and layer.kind != GENERATED]
+    assert hosts
+    return all(host.kind in MULTIPLIES_INTEGERS and host.inputs[0].type == "int8" for host in hosts)
+
+
+@pytest.mark.parametrize(("op_type", "mover"), MOVED_ACTIVATIONS)
+def test_a_mover_before_a_product_is_no_trap(op_type, mover, tmp_path):
+    assert said(moved_activation(op_type, mover, tmp_path / "m.onnx")) == {}
+
+
+@needs_builder
+@pytest.mark.parametrize(("op_type", "mover"), MOVED_ACTIVATIONS)
+def test_the_builder_quantizes_through_a_mover(op_type, mover, tmp_path):
+    assert multiplies_integers(moved_activation(op_type, mover, tmp_path / "m.onnx"))
+
+
+def test_movers_in_a_row_and_a_shape_that_is_computed_are_no_trap(tmp_path):
+    net = Net()
+    turned = move(net, "Transpose", net.pair("x"), "turned", perm=[0, 2, 1])
+    rows = net.node("Shape", ["x"], "rows", end=1)
+    shape = net.node("Concat", [rows, net.constant("eight", np.array([8]))], "shape", axis=0)
+    net.node("Reshape", [turned, shape], "moved")
+    net.node("MatMul", ["moved", net.stored("w", (8, 8), axis=1)], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 4, 2))
+
+    assert said(path) == {}
+    if find_spec("tensorrt_rtx"):
+        assert multiplies_integers(path)
+
+
+def test_what_else_reads_a_moved_activation_changes_nothing(tmp_path):
+    net = Net()
+    move(net, "Reshape", net.pair("x"), "moved", shape=[2, 8])
+    net.node("MatMul", ["moved", net.stored("w", (8, 8), axis=1)], "product")
+    net.node("Add", ["product", net.node("Relu", ["moved"], "kept")], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 2, 4))
+
+    assert said(path) == {}
+    if find_spec("tensorrt_rtx"):
+        assert multiplies_integers(path, "product")
+
+
+def test_an_operator_that_computes_still_stands_in_the_way(tmp_path):
+    net = Net()
+    move(net, "Reshape", net.pair("x"), "moved", shape=[2, 8])
+    net.node("MatMul", [net.node("Relu", ["moved"], "positive"), net.stored("w", (8, 8), axis=1)], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 2, 4))
+
+    assert said(path) == {"y": "input 0 ('positive') is float; tensorrt takes int8 symmetric per-tensor"}
+    if find_spec("tensorrt_rtx"):
+        assert not multiplies_integers(path)
+
+
+CUT = "it cuts or joins the axis along which its constant 'w_dq' has scales; tensorrt then computes y in float "
+
+
+def along(axis, taken):
+    return {
+        "y": f"input 1 ('wm') is stored as int8 symmetric per-channel (axis {axis}); "
+        f"tensorrt takes int8 symmetric per-channel (axis {taken})"
+    }
+
+
+TURN = {"perm": [1, 0]}
+MOVED_WEIGHTS = {
+    "turned, one scale": ("MatMul", "Transpose", (8, 8), None, TURN, {}, {}),
+    "turned, MatMul, outputs": ("MatMul", "Transpose", (8, 8), 0, TURN, {}, {}),
+    "turned, MatMul, inputs": ("MatMul", "Transpose", (8, 8), -1, TURN, {}, along(0, 1)),
+    "turned, Gemm, outputs": ("Gemm", "Transpose", (8, 8), 0, TURN, {}, {}),
+    "turned, Gemm, inputs": ("Gemm", "Transpose", (8, 8), 1, TURN, {}, along(0, 1)),
+    "turned twice, outputs": ("Gemm", "Transpose", (8, 8), 1, TURN, {"transB": 1}, {}),
+    "turned twice, inputs": ("Gemm", "Transpose", (8, 8), 0, TURN, {"transB": 1}, along(1, 0)),
+    "turned, Conv, outputs": ("Conv", "Transpose", (3, 3, 8, 8), 3, {"perm": [3, 2, 0, 1]}, {}, {}),
+    "turned, Conv, inputs": ("Conv", "Transpose", (3, 3, 8, 8), 2, {"perm": [3, 2, 0, 1]}, {}, along(1, 0)),
+    "reshaped, whole": ("MatMul", "Reshape", (2, 4, 8), 2, {"shape": [8, 8]}, {}, {}),
+    "reshaped, one scale": ("MatMul", "Reshape", (2, 4, 8), None, {"shape": [8, 8]}, {}, {}),
+    "reshaped, inputs": ("MatMul", "Reshape", (8, 2, 4), 0, {"shape": [8, 8]}, {}, along(0, 1)),
+    "reshaped, joined": ("MatMul", "Reshape", (2, 4, 8), 1, {"shape": [8, 8]}, {}, {"wm": CUT + "without a word"}),
+    "reshaped, cut": ("MatMul", "Reshape", (4, 16), 1, {"shape": [8, 8]}, {}, {"wm": CUT + "without a word"}),
+    "reshaped, Conv": ("Conv", "Reshape", (8, 72), 0, {"shape": [8, 8, 3, 3]}, {}, {}),
+    "squeezed, outputs": ("MatMul", "Squeeze", (1, 8, 8), 2, {"axes": [0]}, {}, {}),
+    "squeezed, inputs": ("MatMul", "Squeeze", (1, 8, 8), 1, {"axes": [0]}, {}, along(0, 1)),
+    "unsqueezed, Conv": ("Conv", "Unsqueeze", (8, 8, 3), 0, {"axes": [3]}, {"kernel_shape": [3, 1]}, {}),
+}
+"""Operator, mover, stored shape, axis of the scales, what mover and operator are told, and what the lint says."""
+
+
+def moved_weight(case, path):
+    """x ─► Q ─► DQ ─► operator(DQ'd weight ─► mover) ─► y."""
+    op_type, mover, shape, axis, settings, attributes, _ = case
+    net = Net()
+    weight = move(net, mover, net.stored("w", shape, axis=axis), "wm", **settings)
+    net.node(op_type, [net.pair("x"), weight], "y", **attributes)
+    return net.save(path, shape=(2, 8, 8, 8) if op_type == "Conv" else (2, 8))
+
+
+@pytest.mark.parametrize("case", MOVED_WEIGHTS.values(), ids=MOVED_WEIGHTS)
+def test_of_a_moved_weight_the_axis_that_its_scales_come_to_counts(case, tmp_path):
+    assert said(moved_weight(case, tmp_path / "m.onnx")) == case[-1]
+
+
+@needs_builder
+@pytest.mark.parametrize("case", MOVED_WEIGHTS.values(), ids=MOVED_WEIGHTS)
+def test_the_builder_runs_just_those_in_float_that_are_named(case, tmp_path):
+    assert multiplies_integers(moved_weight(case, tmp_path / "m.onnx")) == (case[-1] == {})
+
+
+@pytest.mark.parametrize("order", ["casts first", "casts last"])
+def test_casts_beside_a_mover_are_named(order, tmp_path):
+    net = Net()
+    weight = net.stored("w", (8, 8), axis=0)
+    weight = weight if order == "casts first" else move(net, "Transpose", weight, "wm", **TURN)
+    weight = net.node("Cast", [net.node("Cast", [weight], "half", to=TensorProto.FLOAT16)], "whole", to=1)
+    weight = weight if order == "casts last" else move(net, "Transpose", weight, "wm", **TURN)
+    net.node("MatMul", [net.pair("x"), weight], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 8))
+
+    assert said(path) == {
+        "half": "it stands between a DequantizeLinear and y; tensorrt then computes in float without a word"
+    }
+    if find_spec("tensorrt_rtx"):
+        assert not multiplies_integers(path)
+
+
+def test_a_turned_weight_may_serve_two_products_and_stand_in_its_own_place(tmp_path):
+    net = Net()
+    stored = net.stored("w", (8, 8), axis=0)
+    turned = move(net, "Transpose", stored, "wm", **TURN)
+    first = net.node("Gemm", [net.pair("x"), stored], "first", transB=1)
+    second = net.node("MatMul", [net.pair(first), turned], "second")
+    net.node("MatMul", [net.pair(second), turned], "y")
+
+    assert said(net.save(tmp_path / "m.onnx", shape=(2, 8))) == {}
+
+
+def test_blocks_of_four_bits_may_be_turned(tmp_path):
+    net = Net()
+    net.constants.append(helper.make_tensor("w_int", TensorProto.INT4, (64, 64), np.arange(4096) % 15 - 7))
+    net.constant("w_scale", np.full((64, 2), 0.1, np.float32))
+    net.node("DequantizeLinear", ["w_int", "w_scale"], "w_dq", axis=1, block_size=32)
+    net.node("MatMul", ["x", move(net, "Transpose", "w_dq", "wm", **TURN)], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 64), opset=21)
+
+    assert said(path, "int4") == {}
+    if find_spec("tensorrt_rtx"):
+        log = build(library(), path, {}, Options(arch=("sm89",))).layer_log
+        (host,) = (layer for layer in parse_layers(log) if "y" in layer.nodes)
+        assert [tensor.type for tensor in host.constants if tensor.size == 4096] == ["int4"]
+
+
+def test_the_graph_that_is_checked_keeps_its_movers(tmp_path):
+    import onnx_ir as ir
+
+    graph = load_graph(moved_weight(MOVED_WEIGHTS["turned, MatMul, inputs"], tmp_path / "m.onnx"))
+    before = ir.to_proto(graph).SerializeToString(deterministic=True)
+
+    assert lint(graph, TensorRT().contract("int8", Options()))
+    assert ir.to_proto(graph).SerializeToString(deterministic=True) == before
+
+
+def test_a_moved_constant_that_no_product_reads_is_named_where_it_is_read(tmp_path):
+    net = Net()
+    net.node("Mul", [net.pair("x"), move(net, "Transpose", net.stored("w", (8, 2), axis=0), "wm", **TURN)], "y")
+
+    found = said(net.save(tmp_path / "m.onnx", shape=(2, 8)))
+
+    assert found == {"y": "it runs in float, but its constant 'wm' is stored as integers"}
+
+
+def test_unsigned_activations_are_named_behind_a_mover(tmp_path):
+    net = Net()
+    x = move(net, "Reshape", net.pair("x", dtype=np.uint8, zero=128), "moved", shape=[2, 8])
+    net.node("MatMul", [x, net.stored("w", (8, 8), axis=1)], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 2, 4))
+
+    taken = "is stored as uint8 symmetric per-tensor; tensorrt takes int8 symmetric per-tensor"
+    assert said(path) == {"y": f"input 0 ('moved') {taken}"}
 
 
 def attention(path, axis):
