@@ -40,6 +40,7 @@ def quantize(plan: QuantPlan, directory: Path) -> QuantizedModel:
     quantized_nodes = [str(n.name) for n in graph.graph if n.name in plan.nodes and plan.nodes[n.name].quantized]
     whole = ir.to_proto(ir.external_data.load_to_model(graph))  # ORT looks for external data in the current folder
     graph = ir.from_proto(_insert_qdq(whole, plan, _rounding(graph, plan, quantized_nodes)))
+    _round_in_bodies(graph)
     _leave_float(graph, plan)
     _store_weights(graph, plan)
     passes.RemoveUnusedNodesPass()(graph)
@@ -104,6 +105,23 @@ def _absorb_activations(graph: ir.Model, plan: QuantPlan) -> None:
         after.replace_all_uses_with(before, replace_graph_outputs=True)
         graph.graph.remove(activation, safe=True)
         before.name = name
+
+
+def _round_in_bodies(graph: ir.Model) -> None:
+    """Let the bodies of If, Loop and Scan read what their neighbours read; ORT's tool looks at no body.
+
+    Conv ─► y ─┬─► Q ─► DQ ─► …        becomes        Conv ─► y ─► Q ─► DQ ─┬─► …
+               └─► If's body                                                └─► If's body
+
+    Otherwise the Conv would stay float for it, and a body miss the activation that rounding performs.
+    """
+    for node in graph.graph:
+        rounding = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
+        exact = rounding.inputs[0] if rounding is not None and rounding.op_type == "QuantizeLinear" else None
+        if exact is not None and exact.producer() is not None:
+            for reader, index in exact.uses():
+                if reader.graph is not graph.graph:
+                    reader.replace_input_with(index, node.outputs[0])
 
 
 def _saturates_within(affine: Affine, bounds: tuple[float, float]) -> bool:

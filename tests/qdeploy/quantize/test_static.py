@@ -756,6 +756,41 @@ def test_what_only_the_body_of_an_if_reads_is_left_float(build, node, normal_for
         np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 
+def test_a_body_reads_the_rounded_value_that_its_neighbours_read(
+    build, node, normal_form, planned, quantized, run_onnx
+):
+    from onnx import TensorProto, helper
+
+    def body(name, operation):
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph([node(operation, "r", name)], name, [], [out])
+
+    either = {"then_branch": body("t", "Identity"), "else_branch": body("e", "Neg")}
+    nodes = [
+        node("Conv", "x w", "c", name="first"),
+        node("Relu", "c", "r", name="relu"),
+        node("Conv", "r v", "y", name="second"),
+        helper.make_node("If", ["flag"], ["h"], name="if", **either),
+    ]
+    weights = {"w": floats(4, 3, 3, 3), "v": floats(4, 4, 1, 1)}
+    inputs = {"x": [1, 3, 5, 5], "flag": ([], TensorProto.BOOL)}
+    model = normal_form(build(nodes, inputs, {"y": [1, 4, 3, 3], "h": [1, 4, 3, 3]}, weights))
+    samples = [Sample({"x": floats(1, 3, 5, 5), "flag": np.array(i % 2 == 0)}) for i in range(8)]
+
+    plan = planned(model, samples)
+    result = quantized(plan)
+
+    assert result.quantized_nodes == {"first", "second"}
+    step = float(plan.activations["r"].scale)
+    for sample in samples:
+        expected, found = (run_onnx(path, sample.inputs)["h"] for path in (model.path, result.path))
+        rounded = found / step
+        np.testing.assert_allclose(rounded, np.rint(rounded), atol=1e-4)
+        assert np.sign(found.sum()) == np.sign(expected.sum())
+        assert found.min() * found.max() == 0.0  # what the Relu cuts off reaches no branch
+        np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
 def test_a_constant_that_is_an_output_is_no_obstacle(build, node, normal_form, planned, quantized, run_onnx):
     nodes = [node("MatMul", "x w", "y"), node("Constant", "", "k", value_floats=[1.0, 2.0])]
     weights = {"w": np.eye(4, dtype=np.float32)}
