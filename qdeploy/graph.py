@@ -43,6 +43,9 @@ ACTIVATIONS = frozenset({"Relu", "Clip"})
 EXTERNAL_DATA_BYTES = 1 << 30
 """Models with more weights than this are saved with external data; protobuf itself ends at 2 GiB."""
 
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with that Git has not fetched."""
+
 LONGEST_REASON = 300
 """How many characters of what ONNX's checker says a message repeats: it goes through every node behind the fault."""
 
@@ -88,7 +91,16 @@ def require_sound(path: Path) -> None:
         _require_utf8(onnx.load(path, load_external_data=False))
     except Exception as error:  # its classes have no common root
         reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" …")
-        raise InputError(f"{path} is not an ONNX model, or is damaged ({reason}).", "Export it anew.") from error
+        raise InputError(f"{path} is not an ONNX model, or is damaged ({reason}).", _cure(path, reason)) from error
+
+
+def _cure(path: Path, reason: str) -> str:
+    """What to do about a file that ONNX's checker refuses."""
+    if path.is_file() and path.read_bytes().startswith(LFS_POINTER):
+        return "It is a pointer of Git LFS: git lfs pull fetches the model."
+    if "'shape' of 'type' is required" in reason:
+        return "Give its inputs and outputs shapes: onnx.shape_inference.infer_shapes, or export it anew."
+    return "Export it anew."
 
 
 def _require_utf8(message: Message) -> None:

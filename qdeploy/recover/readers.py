@@ -61,12 +61,16 @@ def reader_per_tensor(recovery: Recovery) -> Recovery:
         what = f"The recovery step {NAME!r} knows no readers to choose from."
         raise InputError(what, "Give recover(…, means=Means(…, readers=(MinMax(), Mse()))).")
     planned = partial(plan, before.model, recovery.statistics, before.contract, keep=means.keep)
-    readers = (means.reader, *means.readers)
-    plans = [planned(reader) for reader in readers]
+    readers, plans = [means.reader], [planned(means.reader)]
+    for reader in means.readers:
+        other = planned(reader)
+        if all(other.ranges != known.ranges for known in plans):
+            readers.append(reader)
+            plans.append(other)
     noise = _noise(recovery, plans)
     chosen = {name: readers[of_reader.index(min(of_reader))] for name, of_reader in noise.items()}
-    reader = PerTensor(chosen, means.reader)
-    after = planned(reader)
+    per_tensor = PerTensor(chosen, means.reader)
+    after = planned(per_tensor)
     activations = {id(affine) for affine in after.activations.values()}
     weights = {
         # Constants that are joined to values in flight share their grid.
@@ -74,7 +78,7 @@ def reader_per_tensor(recovery: Recovery) -> Recovery:
         for name, affine in after.weights.items()
     }
     changed = replace(before, ranges=after.ranges, activations=after.activations, weights=weights)
-    return replace(recovery, plan=changed, means=replace(means, reader=reader)).with_step(NAME)
+    return replace(recovery, plan=changed, means=replace(means, reader=per_tensor)).with_step(NAME)
 
 
 def _roomier(present: Affine, after: Affine, bare: Affine) -> Affine:

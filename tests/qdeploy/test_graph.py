@@ -425,3 +425,28 @@ def test_quantized_operators_are_found(graph_of, node, op_type, names):
     model = graph_of([node(op_type, names, outputs)], {"x": [2]}, {"y": ([2], kind)}, weights)
 
     assert questions.is_quantized(model) == (op_type != "Relu")
+
+
+def test_a_folder_given_as_a_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not an ONNX model, or is damaged"):
+        questions.require_sound(tmp_path)
+
+
+def test_a_file_that_git_has_not_fetched_is_recognised(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+    with pytest.raises(InputError, match=r"It is a pointer of Git LFS: git lfs pull fetches the model\."):
+        questions.require_sound(path)
+
+
+def test_an_output_without_a_shape_is_refused_with_what_gives_it_one(build, node):
+    import onnx
+
+    model = build([node("Relu", "x", "y")], {"x": [1, 3]}, {"y": [1, 3]})
+    proto = onnx.load(model.path)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(proto, model.path)
+
+    with pytest.raises(InputError, match=r"Give its inputs and outputs shapes: onnx\.shape_inference\.infer_shapes"):
+        questions.require_sound(model.path)
