@@ -285,8 +285,12 @@ def _for_inference(module: Any) -> tuple[Any, tuple[str, ...]]:
     if ready and not any(part.training for part in module.modules()):
         return module, ()
     notes = (f"The module holds {', '.join(other)} values; it is exported in float32.",) if other else ()
-    with user_code(f"Copying {type(module).__name__}"):
-        copied = copy.deepcopy(module)
+    try:
+        with user_code(f"Copying {type(module).__name__}"):
+            copied = copy.deepcopy(module)
+    except InputError as error:
+        cure = "Return it in evaluation mode, in float32 and on the CPU: module.eval().float().cpu() needs no copy."
+        raise InputError(f"{error.what.rstrip('.')}.", cure) from error
     return copied.to(device="cpu", dtype=torch.float32 if other else None).eval(), notes
 
 

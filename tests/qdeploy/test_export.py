@@ -420,6 +420,20 @@ def test_a_module_that_is_ready_is_not_copied():
     assert loaded.notes == ()
 
 
+def test_a_module_that_cannot_be_copied_needs_no_copy_when_it_is_ready():
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, _):
+            raise RuntimeError("only leaves can be copied")
+
+    with pytest.raises(
+        InputError,
+        match=r"^Copying Uncopied raised RuntimeError: only leaves can be copied\. Return it in evaluation mode, in fl",
+    ):
+        load(ModelSource("net", "module", (), {}, Uncopied(4, 3).train(), X))
+
+    assert load(ModelSource("net", "module", (), {}, Uncopied(4, 3).eval(), X)).module is not None
+
+
 def test_torchscript_is_refused():
     with pytest.raises(
         InputError, match=r"^net is TorchScript\. Give the module that it was traced or scripted from\.$"
