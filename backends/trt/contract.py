@@ -101,8 +101,9 @@ INT8_RULES = (
     ),
     OpRule("Gemm", (MATRIX, WITH_BIAS, Condition.PLAIN_GEMM), {0: ACTIVATION, 1: _weight(1)}, reason=_GEMM),
     OpRule("Gemm", reason="Its weight or bias is computed, or it has factors.", cure=_KEEP),
-    OpRule("MatMul", (MATRIX, Condition.SPLIT_RESULT), {0: ACTIVATION, 1: _WHOLE}, reason=_SPLIT),
+    OpRule("MatMul", (CONSTANT, Condition.SPLIT_RESULT), {0: ACTIVATION, 1: _WHOLE}, reason=_SPLIT),
     OpRule("MatMul", (MATRIX,), {0: ACTIVATION, 1: _weight(1)}, reason=_GEMM),
+    OpRule("MatMul", (CONSTANT,), {0: ACTIVATION, 1: _weight(-1)}, reason=_GEMM),
     OpRule("MatMul", reason="A product of two activations gains too little to pay for quantizing both.", cure=_KEEP),
     OpRule(
         "MaxPool",

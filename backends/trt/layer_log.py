@@ -104,7 +104,7 @@ def layers(log: str, original: ir.Model) -> tuple[Layer, ...]:
 
     Args:
         log: The builder's text, or nothing.
-        original: The float model, whose node names the built graph kept.
+        original: The model whose node names the built graph kept: the float one, or another tool's with QDQ pairs.
     """
     hosts: dict[str, list[BuiltLayer]] = {}
     for built in parse_layers(log):
@@ -126,12 +126,26 @@ def _layer(node: ir.Node, hosts: Sequence[BuiltLayer], known: set[str]) -> Layer
     return Layer(name, node.op_type, host.name, inputs, weights, outputs, _precision(node, host, weights), fused_with)
 
 
+def _has_weight(node: ir.Node) -> bool:
+    """Whether a node has a weight: a constant, or what a chain of operators makes of one with constants alone.
+
+    integers ─► DequantizeLinear ─► Transpose ─► MatMul, as other tools write it.
+    """
+    value = node.inputs[1] if node.op_type in questions.WEIGHTED else None
+    while value is not None and questions.constant(value) is None:
+        producer = value.producer()
+        operands = producer.inputs if producer is not None else ()
+        others = (questions.constant(operand) for operand in operands[1:] if operand is not None)
+        value = operands[0] if operands and all(other is not None for other in others) else None
+    return value is not None or questions.has_weight(node)
+
+
 def _weights(node: ir.Node, host: BuiltLayer) -> str | None:
     """The type of the constant that a node multiplies by or looks up in; None if it has none.
 
     A layer may hold several tables: of those as large as the node's own, all must be of one type.
     """
-    if questions.has_weight(node):
+    if _has_weight(node):
         largest = max(host.constants, key=lambda tensor: tensor.size, default=None)
         return largest.type if largest is not None else None
     table = questions.constant(node.inputs[0]) if node.op_type == "Gather" else None
@@ -143,7 +157,7 @@ def _weights(node: ir.Node, host: BuiltLayer) -> str | None:
 
 def _host(node: ir.Node, hosts: Sequence[BuiltLayer]) -> BuiltLayer | None:
     """The layer that does a node's own work, of those that do some of it: generated ones surround the others."""
-    if questions.has_weight(node):
+    if _has_weight(node):
         own = [host for host in hosts if host.kind != GENERATED] or [host for host in hosts if host.constants]
         return own[0] if own else None
     return hosts[-1] if hosts else None
@@ -158,7 +172,7 @@ def _precision(node: ir.Node, host: BuiltLayer, weights: str | None) -> str:
     if weights in ("int4", "unknown"):
         return weights
     reads, written = ([tensor.type for tensor in part] for part in (host.inputs, host.outputs))
-    if questions.has_weight(node):
+    if _has_weight(node):
         in_integers = weights == "int8" == reads[0] if reads and host.kind in MULTIPLIES_INTEGERS else False
         return "int8" if in_integers else _float([*reads, *written], weights)
     if {*reads, *written} == {"int8"} and node.op_type in ("MaxPool", "Concat", "Reshape", "Transpose"):

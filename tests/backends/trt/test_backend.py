@@ -70,6 +70,8 @@ QUANTIZED = {
     "Gemm": alone("[n] y = Gemm (x, w, b)", "float[16,8] w, float[8] b", "2,16"),
     "Gemm without bias": alone("[n] y = Gemm (x, w)", "float[16,8] w", "2,16"),
     "MatMul": alone("[n] y = MatMul (x, w)", "float[16,8] w", "2,3,16"),
+    "MatMul of rank 3 by one matrix": alone("[n] y = MatMul (x, w)", "float[1,16,8] w", "2,3,16"),
+    "MatMul by a batch of matrices": alone("[n] y = MatMul (x, w)", "float[2,16,8] w", "2,3,16"),
 }
 
 FLOAT = {

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qdeploy.backends.trt.backend import TensorRT
 from qdeploy.backends.trt.build import build
 from qdeploy.backends.trt.contract import Options
-from qdeploy.backends.trt.layer_log import GENERATED, MULTIPLIES_INTEGERS, layers, parse_layers
+from qdeploy.backends.trt.layer_log import layers
 from qdeploy.backends.trt.library import library
 from qdeploy.errors import UnavailableError
 from qdeploy.graph import load_graph
@@ -188,6 +188,43 @@ def test_the_builder_does_run_it_in_float(op_type, changes, attributes, nodes, t
     assert precision_of(path) == "fp32"
 
 
+STACKED = {
+    "of one matrix, outputs": ((2, 4, 8), (1, 8, 8), 2, None),
+    "of one matrix, outputs counted from the end": ((2, 4, 8), (1, 8, 8), -1, None),
+    "of one matrix, one scale": ((2, 4, 8), (1, 8, 8), None, None),
+    "of one matrix, a scale for it": ((2, 4, 8), (1, 8, 8), 0, None),
+    "of one matrix, inputs": ((2, 4, 8), (1, 8, 8), 1, 1),
+    "of one matrix, more dimensions": ((2, 3, 4, 8), (1, 1, 8, 8), 3, None),
+    "of matrices, outputs": ((2, 4, 8), (2, 8, 8), 2, None),
+    "of matrices, one scale": ((2, 4, 8), (2, 8, 8), None, None),
+    "of matrices, inputs": ((2, 4, 8), (2, 8, 8), 1, 1),
+    "of matrices, a scale for each": ((2, 4, 8), (2, 8, 8), 0, 0),
+    "of matrices, fewer rows": ((2, 8), (3, 8, 8), 2, None),
+}
+"""Shapes of activation and weight, axis of the weight's scales, and the axis that is named; None where none is."""
+
+
+def stacked(case, path):
+    shape, weight, axis, _ = case
+    net = Net()
+    net.node("MatMul", [net.pair("x"), net.stored("w", weight, axis=axis)], "y")
+    return net.save(path, shape=shape)
+
+
+@pytest.mark.parametrize("case", STACKED.values(), ids=STACKED)
+def test_a_weight_of_more_than_two_dimensions_has_its_outputs_last(case, tmp_path):
+    found = said(stacked(case, tmp_path / "m.onnx"))
+
+    wrong = f"input 1 ('w_dq') is stored as int8 symmetric per-channel (axis {case[-1]})"
+    assert found == ({} if case[-1] is None else {"y": f"{wrong}; tensorrt takes int8 symmetric per-channel (axis -1)"})
+
+
+@needs_builder
+@pytest.mark.parametrize("case", STACKED.values(), ids=STACKED)
+def test_the_builder_has_its_outputs_last_too(case, tmp_path):
+    assert precision_of(stacked(case, tmp_path / "m.onnx")) == ("int8" if case[-1] is None else "fp32")
+
+
 MOVED_SHAPES = {
     "Reshape": ((2, 2, 4), (2, 8, 64), {"shape": [2, 8]}, {"shape": [2, 8, 8, 8]}),
     "Transpose": ((8, 2), (2, 8, 8, 8), {"perm": [1, 0]}, {"perm": [0, 3, 1, 2]}),
@@ -222,17 +259,6 @@ def moved_activation(op_type, mover, path):
     return net.save(path, shape=image if convolves else flat)
 
 
-def multiplies_integers(path, node="y"):
-    """Whether the builder's log shows a layer for a node that multiplies integers.
-
-    layers() is not asked: it looks for the weights of a float model, where nothing stands before them.
-    """
-    log = build(library(), path, {}, Options(arch=("sm89",))).layer_log
-    hosts = [layer for layer in parse_layers(log) if node in layer.nodes and layer.kind != GENERATED]
-    assert hosts
-    return all(host.kind in MULTIPLIES_INTEGERS and host.inputs[0].type == "int8" for host in hosts)
-
-
 @pytest.mark.parametrize(("op_type", "mover"), MOVED_ACTIVATIONS)
 def test_a_mover_before_a_product_is_no_trap(op_type, mover, tmp_path):
     assert said(moved_activation(op_type, mover, tmp_path / "m.onnx")) == {}
@@ -241,7 +267,7 @@ def test_a_mover_before_a_product_is_no_trap(op_type, mover, tmp_path):
 @needs_builder
 @pytest.mark.parametrize(("op_type", "mover"), MOVED_ACTIVATIONS)
 def test_the_builder_quantizes_through_a_mover(op_type, mover, tmp_path):
-    assert multiplies_integers(moved_activation(op_type, mover, tmp_path / "m.onnx"))
+    assert precision_of(moved_activation(op_type, mover, tmp_path / "m.onnx")) == "int8"
 
 
 def test_movers_in_a_row_and_a_shape_that_is_computed_are_no_trap(tmp_path):
@@ -255,7 +281,7 @@ def test_movers_in_a_row_and_a_shape_that_is_computed_are_no_trap(tmp_path):
 
     assert said(path) == {}
     if find_spec("tensorrt_rtx"):
-        assert multiplies_integers(path)
+        assert precision_of(path) == "int8"
 
 
 def test_what_else_reads_a_moved_activation_changes_nothing(tmp_path):
@@ -267,7 +293,7 @@ def test_what_else_reads_a_moved_activation_changes_nothing(tmp_path):
 
     assert said(path) == {}
     if find_spec("tensorrt_rtx"):
-        assert multiplies_integers(path, "product")
+        assert precision_of(path, "product") == "int8"
 
 
 def test_an_operator_that_computes_still_stands_in_the_way(tmp_path):
@@ -278,7 +304,7 @@ def test_an_operator_that_computes_still_stands_in_the_way(tmp_path):
 
     assert said(path) == {"y": "input 0 ('positive') is float; tensorrt takes int8 symmetric per-tensor"}
     if find_spec("tensorrt_rtx"):
-        assert not multiplies_integers(path)
+        assert precision_of(path) == "fp32"
 
 
 CUT = "it cuts or joins the axis along which its constant 'w_dq' has scales; tensorrt then computes y in float "
@@ -332,7 +358,28 @@ def test_of_a_moved_weight_the_axis_that_its_scales_come_to_counts(case, tmp_pat
 @needs_builder
 @pytest.mark.parametrize("case", MOVED_WEIGHTS.values(), ids=MOVED_WEIGHTS)
 def test_the_builder_runs_just_those_in_float_that_are_named(case, tmp_path):
-    assert multiplies_integers(moved_weight(case, tmp_path / "m.onnx")) == (case[-1] == {})
+    assert precision_of(moved_weight(case, tmp_path / "m.onnx")) == ("fp32" if case[-1] else "int8")
+
+
+@needs_builder
+def test_a_float_weight_between_a_pair_of_its_own_runs_in_integers(tmp_path):
+    net = Net()
+    net.constant("w", np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8))
+    net.node("MatMul", [net.pair("x"), net.pair("w")], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(2, 8))
+
+    assert said(path) == {}
+    assert precision_of(path) == "int8"
+
+
+@needs_builder
+def test_a_product_of_two_activations_has_no_weight(tmp_path):
+    net = Net()
+    net.node("MatMul", [net.pair("x"), net.node("Transpose", ["x_dq"], "turned", **TURN)], "y")
+    path = net.save(tmp_path / "m.onnx", shape=(8, 8))
+    log = build(library(), path, {}, Options(arch=("sm89",))).layer_log
+
+    assert {layer.node: layer.weights for layer in layers(log, load_graph(path))}["y"] is None
 
 
 @pytest.mark.parametrize("order", ["casts first", "casts last"])
@@ -349,7 +396,7 @@ def test_casts_beside_a_mover_are_named(order, tmp_path):
         "half": "it stands between a DequantizeLinear and y; tensorrt then computes in float without a word"
     }
     if find_spec("tensorrt_rtx"):
-        assert not multiplies_integers(path)
+        assert precision_of(path) == "fp32"
 
 
 def test_a_turned_weight_may_serve_two_products_and_stand_in_its_own_place(tmp_path):
@@ -373,9 +420,7 @@ def test_blocks_of_four_bits_may_be_turned(tmp_path):
 
     assert said(path, "int4") == {}
     if find_spec("tensorrt_rtx"):
-        log = build(library(), path, {}, Options(arch=("sm89",))).layer_log
-        (host,) = (layer for layer in parse_layers(log) if "y" in layer.nodes)
-        assert [tensor.type for tensor in host.constants if tensor.size == 4096] == ["int4"]
+        assert precision_of(path) == "int4"
 
 
 def test_the_graph_that_is_checked_keeps_its_movers(tmp_path):
@@ -407,10 +452,10 @@ def test_unsigned_activations_are_named_behind_a_mover(tmp_path):
     assert said(path) == {"y": f"input 0 ('moved') {taken}"}
 
 
-def attention(path, axis):
+def attention(path, axis, shape=(64, 192)):
     """x ─► one product for queries, keys and values ─► heads ─► three Gathers ─► softmax(q·kᵀ)·v, as ViTs have it."""
     net = Net()
-    weight = net.stored("w", (64, 192), axis=axis)
+    weight = net.stored("w", shape, axis=axis)
     net.node("Add", [net.node("MatMul", [net.pair("x"), weight], "qkv"), net.constant("b", np.ones(192, "f"))], "sum")
     net.node("Reshape", ["sum", net.constant("heads", np.array([2, -1, 3, 4, 16]))], "by_head")
     net.node("Transpose", ["by_head"], "parts", perm=[2, 0, 3, 1, 4])
@@ -429,6 +474,16 @@ def test_scales_of_queries_keys_and_values_in_one_product_are_named(tmp_path):
         "tensorrt takes int8 symmetric per-tensor"
     }
     assert said(attention(tmp_path / "m.onnx", axis=None)) == {}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("axis", [2, None])
+def test_so_are_those_of_a_weight_of_three_dimensions(count, axis, tmp_path):
+    path = attention(tmp_path / "m.onnx", axis, (count, 64, 192))
+
+    assert list(said(path)) == ([] if axis is None else ["qkv"])
+    if find_spec("tensorrt_rtx"):
+        assert precision_of(path, "qkv") == ("int8" if axis is None else "fp32")
 
 
 @needs_builder
