@@ -148,7 +148,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
         raise InternalError(message)
     files = {name: digest_of_files((folder / name,)) for name, _ in found}
     sealed = manifest.model_copy(update={"files": files})
-    (folder / MANIFEST).write_bytes(sealed_text(sealed.model_dump(mode="json", by_alias=True)))
+    (folder / MANIFEST).write_bytes(sealed_text(sealed.model_dump(mode="json", warnings=False, by_alias=True)))
     return sealed
 
 

@@ -11,9 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 from qdeploy.errors import InternalError, QdeployError
+
+_REPEAT_AFTER = 0.02
+"""Seconds after which an interrupt that did not reach `main` is raised again."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    is_over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+            signal.signal(number, partial(_stop, is_over))
+    tell_unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda each: None if isinstance(each.exc_value, KeyboardInterrupt) else tell_unraisable(each)
     try:
         # Imported here, so that an interrupt in this tenth of a second is one like any other.
         from qdeploy.cli.app import run
@@ -57,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell("this is a bug in qdeploy", "Please report it, with the lines above and the command.")
         return InternalError.exit_code
     finally:
+        is_over.set()
+        sys.unraisablehook = tell_unraisable
         if arguments is None:  # the process ends now, and nothing is left to stop
             _be_deaf()
     return code
@@ -75,10 +84,20 @@ def _be_deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """End the run by an exception, so that nothing half-written stays behind."""
-    if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-        # Python's import system may swallow an exception and keep its lock for ever, so it comes a little later.
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
-        return
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+def _stop(is_over: threading.Event, number: int, frame: FrameType | None) -> None:
+    """End the run by an exception, so that nothing half-written stays behind.
+
+    A library, a destructor or Python's import system may swallow the exception, the last of them with its lock kept for
+    ever: it comes again until `main` has it, and not while modules are looked up or something is tidied up.
+    """
+    repetition = threading.Timer(_REPEAT_AFTER, _repeat, (is_over, number))
+    repetition.daemon = True
+    repetition.start()
+    is_importing = frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
+    if not is_importing and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _repeat(is_over: threading.Event, number: int) -> None:
+    if not is_over.is_set():
+        os.kill(os.getpid(), number)

@@ -61,7 +61,7 @@ class Document(Value):
 
     def text(self) -> str:
         """The file's content: the same bytes for equal values."""
-        return json_text(self.model_dump(mode="json", by_alias=True))
+        return json_text(self.model_dump(mode="json", warnings=False, by_alias=True))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -400,7 +400,9 @@ class Ranges(Document):
 
     def text(self) -> str:
         """The file's content, one line a tensor: their histograms are long."""
-        lines = ",\n".join(json.dumps(each.model_dump(mode="json"), ensure_ascii=False) for each in self.tensors)
+        lines = ",\n".join(
+            json.dumps(each.model_dump(mode="json", warnings=False), ensure_ascii=False) for each in self.tensors
+        )
         return f'{{"schema": {self.schema_number}, "tensors": [\n{lines}\n]}}\n'
 
 

@@ -77,7 +77,7 @@ def stop(command, here, number, delay):
         _, err = process.communicate(timeout=60)
     code = process.returncode
     if "Traceback" in err:  # Python itself was still starting: its answer to an interrupt before our first line
-        assert number == signal.SIGINT
+        assert number == signal.SIGINT, err
         assert "in main" not in err
     else:
         assert (code, err) in [(0, ""), (CODES[number], WORDS[number]), (-number, "")]

@@ -1,9 +1,13 @@
 """What every command shares: how it ends, and what it says then."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -148,12 +152,15 @@ def handlers():
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_ends_a_run_but_not_inside_the_import_system(number, kind):
-    signal.signal(number, cli._stop)
+    is_over = threading.Event()
+    stop = partial(cli._stop, is_over)
+    signal.signal(number, stop)
     importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"))
 
-    cli._stop(number, importing)
+    stop(number, importing)
     with pytest.raises(KeyboardInterrupt) as caught:
         time.sleep(5)
+    is_over.set()
 
     assert caught.type is kind
 
@@ -164,3 +171,69 @@ def test_an_interrupt_that_is_ignored_stays_so(qdeploy):
 
     assert qdeploy("--version").code == 0
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.fixture
+def sending(monkeypatch, qdeploy):
+    """Runs a command that gets SIGTERM in the midst of a function that it calls."""
+
+    def run(function):
+        def command(arguments):
+            function(lambda: os.kill(os.getpid(), signal.SIGTERM))
+            time.sleep(5)
+            return 0
+
+        monkeypatch.setattr(app, "run", command)
+        return qdeploy("export")
+
+    return run
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_library_that_swallows_an_interrupt_does_not_keep_the_run_alive(sending):
+    def swallows(send):
+        with suppress(BaseException):
+            send()
+
+    ended = sending(swallows)
+
+    assert (ended.code, ended.err) == (143, "terminated\n")
+
+
+@pytest.mark.usefixtures("handlers")
+def test_nor_does_a_destructor_and_nothing_is_told_of_it(sending):
+    class Closes:
+        def __init__(self, send):
+            self.send = send
+
+        def __del__(self):
+            self.send()
+            time.sleep(0.001)
+
+    ended = sending(Closes)
+
+    assert (ended.code, ended.err) == (143, "terminated\n")
+
+
+@pytest.mark.usefixtures("handlers")
+def test_what_tidies_up_is_not_interrupted_again(sending):
+    tidied = []
+
+    def tidies(send):
+        try:
+            send()
+            time.sleep(5)
+        finally:
+            time.sleep(5 * cli._REPEAT_AFTER)
+            tidied.append("all")
+
+    assert (sending(tidies).code, tidied) == (143, ["all"])
+
+
+@pytest.mark.usefixtures("handlers")
+def test_no_interrupt_comes_after_the_run(sending):
+    def sends(send):
+        send()
+
+    assert sending(sends).code == 143
+    time.sleep(5 * cli._REPEAT_AFTER)
