@@ -1,6 +1,6 @@
 """Core ML packages of five networks: size, conversion time, and how close the saved package stays.
 
-python benchmarks/coreml.py [--images 300] [--only NAME] [--same-order]
+python benchmarks/coreml.py [--images 300] [--only NAME]
 """
 
 import argparse
@@ -19,12 +19,10 @@ import torch  # noqa: TID253 - ResNet-20 is a module
 from common import SOURCE, image_folder, images, print_environment, print_table
 from layer_by_layer import each_alone
 from numpy.typing import NDArray
-from same_order import convolution
 from zoo import ZOO
 
 from qdeploy.backend import Artifact, Runner
 from qdeploy.backends.coreml.backend import CoreML, Options
-from qdeploy.backends.coreml.interpreter.operators import linear
 from qdeploy.backends.coreml.tools import coremltools
 from qdeploy.collect import collect
 from qdeploy.export import export, load
@@ -160,7 +158,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Core ML packages of five networks.")
     parser.add_argument("--images", type=int, default=300, help="most evaluation images")
     parser.add_argument("--only", help="one network")
-    parser.add_argument("--same-order", action="store_true", help="sum convolutions in the order of ONNX Runtime")
     arguments = parser.parse_args()
     if "QDEPLOY_DATA" not in os.environ:
         sys.exit(
@@ -168,8 +165,6 @@ def main() -> None:
         )
     torch.set_num_threads(1)
     coremltools()
-    if arguments.same_order:
-        linear._CONVOLUTIONS[4] = convolution  # noqa: SLF001 - the interpreter's own kernel is what is exchanged
     print_environment()
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {TITLES: [], CLOSENESS: [], ALONE: [], ACCURACY: []}
     for network in networks(arguments.images):

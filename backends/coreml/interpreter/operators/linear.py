@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as nn
 
 from qdeploy.backends.coreml.interpreter.operators.arguments import Ints, Tensors
+from qdeploy.backends.coreml.interpreter.operators.products import convolution, product
 from qdeploy.backends.coreml.interpreter.operators.windows import paddings, two_sided
 from qdeploy.errors import UnavailableError
 
-_CONVOLUTIONS = {3: nn.conv1d, 4: nn.conv2d, 5: nn.conv3d}
+_CONVOLUTIONS = {3: convolution, 4: convolution, 5: nn.conv3d}
 _TRANSPOSED = {3: nn.conv_transpose1d, 4: nn.conv_transpose2d, 5: nn.conv_transpose3d}
 
 
@@ -85,14 +86,15 @@ def _dilated(weight: Tensor, dilations: Ints) -> Ints:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product x · weightᵀ + bias, with the weight as [outputs, inputs]."""
-    return nn.linear(x, weight, bias)
+    result = product(x, weight.mT)
+    return result if bias is None else result + bias
 
 
 def matmul(x: Tensor, y: Tensor, *, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
     """The matrix product over the last two dimensions, as numpy's; a vector cannot be transposed and stays as it is."""
     left = x.mT if transpose_x and x.ndim > 1 else x
     right = y.mT if transpose_y and y.ndim > 1 else y
-    return left @ right
+    return product(left, right)
 
 
 def einsum(values: Tensors, equation: str) -> Tensor:
@@ -102,12 +104,12 @@ def einsum(values: Tensors, equation: str) -> Tensor:
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """softmax(query · keyᵀ / √E + mask) · value; a boolean mask is true where a key takes part."""
-    scores = query @ key.mT / query.shape[-1] ** 0.5
+    scores = product(query, key.mT) / query.shape[-1] ** 0.5
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return torch.softmax(scores, -1) @ value
+    return product(torch.softmax(scores, -1), value)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
